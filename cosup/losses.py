@@ -1,0 +1,295 @@
+"""The losses: short formulas over the engine, and the checks of what the user gives.
+
+    linear_cross_entropy   next token:    softmax over the rows of an LM head
+    info_nce               next sequence: softmax over the embeddings of passages
+    co_supervision_loss    L = L_NTP + nsp_weight * L_NSP      (arXiv 2403.09024)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cosup import ops
+from cosup.plan import Strategy, plan
+from cosup.walk import DEFAULT_WORKSPACE, cost, resolve
+
+REDUCTIONS = ("mean", "sum", "none")
+MODES = ("joint", "ntp", "nsp")
+
+
+class RowStats(NamedTuple):
+    """What one pass over the logits says of each row; all [N], no gradients, zeros at ignored rows."""
+
+    nll: Tensor  # -log p[target], nats
+    lse: Tensor  # log sum exp of the logits
+    log_prob: Tensor  # log p[target] = -nll
+    entropy: Tensor  # -sum p log p, nats
+    rank: Tensor  # int64, 1 + number of columns whose logit is above the target's
+    top1: Tensor  # bool, rank == 1
+
+
+class CoSupervisionOutput(NamedTuple):
+    loss: Tensor
+    ntp_loss: Tensor
+    nsp_loss: Tensor
+    ntp_count: Tensor  # int64, NTP targets
+    nsp_count: int  # queries
+    nsp_stats: RowStats | None  # None without queries or candidates, and in mode "ntp"
+
+
+def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+                         reduction: str = "mean", ignore_index: int = -100, logit_scale: float = 1.0,
+                         logit_softcap: float | None = None, token_weight: Tensor | None = None,
+                         return_stats: bool = False, workspace_bytes: int | None = None, backend: str = "auto",
+                         ) -> Tensor | tuple[Tensor, RowStats]:  # fmt: skip
+    """Cross entropy of a linear layer's logits, which are never stored whole.
+
+        z = logit_scale * (input @ linear_weight.T + linear_bias);  z = logit_softcap * tanh(z / logit_softcap)
+        loss = sum_n token_weight[n] * (logsumexp(z[n]) - z[n, target[n]])          over rows not ignored
+
+    Same value and gradients as ``F.cross_entropy(z, target, ignore_index=..., reduction=...)``; ``"mean"`` divides by the
+    sum of the weights (their number without ``token_weight``). With no row left the loss is 0 and gradients are zeros.
+
+    Args:
+        input: [..., D]; float32, bfloat16, float16 or float64. Under autocast it and the weights take autocast's dtype.
+        linear_weight: [V, D], dtype and device of ``input``.
+        target: [...] int64, in [0, V) or ``ignore_index``.
+        linear_bias: [V].
+        reduction: "mean", "sum" or "none" ([...], with any upstream gradient).
+        logit_scale: Positive factor of the logits.
+        logit_softcap: Positive bound of the logits; None: no bound.
+        token_weight: [...] weight of each row's loss.
+        return_stats: Also return :class:`RowStats`, from the same pass.
+        workspace_bytes: Budget beside inputs, outputs and gradients; None: 256 MiB on a CPU, 1 GiB on CUDA.
+        backend: "auto", "native" (C++, CPU), "triton" (CUDA) or "reference" (PyTorch).
+
+    Returns:
+        The loss in float32 (float64 for float64 input): a scalar, or [...] with ``reduction="none"``.
+
+    Raises:
+        ValueError: A wrong shape, dtype, device or option, named with what was wanted and what came.
+        IndexError: A target out of range (on CUDA a device-side assertion).
+
+    Source: gradients in forward, Liger-Kernel, arXiv:2410.10989; statistics by online softmax, arXiv:1805.02867.
+    """  # fmt: skip
+    if input.ndim < 1:
+        raise ValueError(f"input must be [..., D], got {[*input.shape]}")
+    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    _check_pair("input", input, "linear_weight", linear_weight)
+    rows = input.shape[:-1]
+    _check_vector("target", target, rows, input.device, torch.int64)
+    if linear_bias is not None:
+        _check_vector("linear_bias", linear_bias, linear_weight.shape[:1], input.device, None)
+    if token_weight is not None:
+        _check_vector("token_weight", token_weight, rows, input.device, None)
+    if not 0 < logit_scale < float("inf"):
+        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
+    if logit_softcap is not None and not 0 < logit_softcap < float("inf"):
+        raise ValueError(f"logit_softcap must be positive and finite, got {logit_softcap}")
+    _check_reduction(reduction)
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    bias = None if linear_bias is None else linear_bias.to(dtype) * logit_scale
+    scale = torch.full((), logit_scale, dtype=dtype, device=input.device)
+    loss, stats = _softmax_nll(
+        input.flatten(0, -2) if input.ndim > 1 else input[None], linear_weight, target.reshape(-1), scale, bias=bias,
+        softcap=logit_softcap or 0.0, ignore_index=ignore_index, reduction=reduction, weight=token_weight,
+        rank=return_stats, workspace_bytes=workspace_bytes, backend=backend,
+    )  # fmt: skip
+    loss = loss.reshape(rows) if reduction == "none" else loss
+    return (loss, RowStats(*(f.reshape(rows) for f in stats))) if return_stats else loss
+
+
+def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *, temperature: float | Tensor = 0.05,
+             normalize: bool = True, query_ids: Tensor | None = None, candidate_ids: Tensor | None = None,
+             reduction: str = "mean", return_stats: bool = False, workspace_bytes: int | None = None,
+             backend: str = "auto") -> Tensor | tuple[Tensor, RowStats]:  # fmt: skip
+    """Contrastive loss of queries against a pool of candidates; the similarity matrix is never stored whole.
+
+        z[n, m] = <q[n], c[m]> / temperature,   loss[n] = logsumexp_m z[n, m] - z[n, target[n]]
+
+    Same value and gradients as ``F.cross_entropy(q @ c.T / temperature, target)`` with q, c normalised if asked. A
+    candidate with the id of a row's positive is no negative of that row: it is left out of the row's softmax.
+
+    Args:
+        query: [N, D]; float32, bfloat16, float16 or float64. Under autocast it and the candidates take autocast's dtype.
+        candidates: [M, D], dtype and device of ``query``. M may be above N: further rows are further negatives.
+        target: [N] int64, the row of each query's positive; None: row n for query n (M >= N).
+        temperature: Positive divisor; a scalar tensor gets its gradient.
+        normalize: Divide rows by their Euclidean norm (at least 1e-12) first.
+        query_ids: [N] int64, the id of each query's positive; None: ``candidate_ids[target]``.
+        candidate_ids: [M] int64, equal for equal passages; None: no two are equal.
+        reduction: "mean", "sum" or "none" ([N], with any upstream gradient).
+        return_stats: Also return :class:`RowStats` (rank and top-1 among the candidates), from the same pass.
+        workspace_bytes, backend: As in :func:`linear_cross_entropy`.
+
+    Returns:
+        The loss in float32 (float64 for float64 input): a scalar, or [N] with ``reduction="none"``; 0 for no queries.
+
+    Raises:
+        ValueError: A wrong shape, dtype, device or option, named with what was wanted and what came.
+        IndexError: A target out of range (on CUDA a device-side assertion).
+
+    Source: van den Oord et al. 2018, arXiv:1807.03748, eq. 4.
+    """  # fmt: skip
+    query, candidates, _ = _autocast(query, candidates, None)
+    if query.ndim != 2:
+        raise ValueError(f"query must be [N, D], got {[*query.shape]}")
+    _check_pair("query", query, "candidates", candidates)
+    n, m = len(query), len(candidates)
+    if target is None:
+        if m < n:
+            raise ValueError(f"candidates must have a row for each of the {n} queries when target is None, got {m} rows")
+        target = torch.arange(n, device=query.device)
+    _check_vector("target", target, (n,), query.device, torch.int64)
+    if query_ids is not None and candidate_ids is None:
+        raise ValueError("query_ids without candidate_ids: want both, or candidate_ids alone")
+    if candidate_ids is not None:
+        _check_vector("candidate_ids", candidate_ids, (m,), query.device, torch.int64)
+        if query_ids is None:  # out-of-range targets are the engine's to refuse
+            query_ids = candidate_ids[target.clamp(0, m - 1)] if m else target
+        _check_vector("query_ids", query_ids, (n,), query.device, torch.int64)
+    _check_reduction(reduction)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scale = 1 / _temperature(temperature, query.device).to(dtype)
+    if normalize:
+        query, candidates = (F.normalize(t.to(dtype), dim=1).to(t.dtype) for t in (query, candidates))
+    loss, stats = _softmax_nll(
+        query, candidates, target, scale, row_id=query_ids, col_id=candidate_ids, reduction=reduction,
+        rank=return_stats, workspace_bytes=workspace_bytes, backend=backend,
+    )  # fmt: skip
+    return (loss, stats) if return_stats else loss
+
+
+def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, query: Tensor, candidates: Tensor,
+                        target: Tensor | None = None, *, linear_bias: Tensor | None = None,
+                        candidate_ids: Tensor | None = None, nsp_weight: float = 1.0, mode: str = "joint",
+                        temperature: float | Tensor = 0.05, normalize: bool = True, logit_scale: float = 1.0,
+                        logit_softcap: float | None = None, ntp_normalizer: float | Tensor | None = None,
+                        nsp_normalizer: float | Tensor | None = None, workspace_bytes: int | None = None,
+                        ) -> CoSupervisionOutput:  # fmt: skip
+    """Next-token and next-sequence loss of one batch.
+
+        L = L_NTP + nsp_weight * L_NSP       mode "ntp" drops the second term, "nsp" the first
+        L_NTP = sum_{b,t} nll(hidden[b, t] predicts labels[b, t + 1]) / ntp_normalizer
+        L_NSP = sum_q info_nce(query[q] against candidates) / nsp_normalizer
+
+    Args:
+        hidden: [B, T, D] Gen's final hidden states.
+        linear_weight, linear_bias, logit_scale, logit_softcap: Gen's head, as in :func:`linear_cross_entropy`.
+        labels: [B, T] int64, not shifted, -100 where there is no target.
+        query: [Q, D], Gen's state at each retrieval token.
+        candidates: [P, D], passages by Ctx; ``target`` [Q], ``candidate_ids`` [P]: as in :func:`info_nce`.
+        ntp_normalizer, nsp_normalizer: Targets and queries of the whole accumulated batch; None: of this one.
+
+    Returns:
+        :class:`CoSupervisionOutput`; a term that is dropped, or has no targets, is 0 and keeps its graph.
+
+    Raises:
+        ValueError, IndexError: As the two losses.
+
+    Source: arXiv:2403.09024 (there nsp_weight = 0.01, no normalisation, temperature 1).
+    """  # fmt: skip
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
+        raise ValueError(f"want hidden [B, T, D] and labels [B, T], got {[*hidden.shape]} and {[*labels.shape]}")
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    ntp_count = (shifted != -100).sum()
+    ntp_loss, nsp_loss, nsp_stats = 0 * hidden[:0].sum(dtype=torch.float32), 0 * query[:0].sum(dtype=torch.float32), None
+    if mode != "nsp":
+        ntp_sum = linear_cross_entropy(hidden, linear_weight, shifted, linear_bias=linear_bias, reduction="sum",
+                                       logit_scale=logit_scale, logit_softcap=logit_softcap,
+                                       workspace_bytes=workspace_bytes)  # fmt: skip
+        assert isinstance(ntp_sum, Tensor)
+        ntp_loss = ntp_sum / (ntp_count.clamp(min=1) if ntp_normalizer is None else ntp_normalizer)
+    if mode != "ntp" and len(query):
+        nsp_sum, nsp_stats = info_nce(query, candidates, target, temperature=temperature, normalize=normalize,
+                                      candidate_ids=candidate_ids, reduction="sum", return_stats=True,
+                                      workspace_bytes=workspace_bytes)  # fmt: skip
+        nsp_loss = nsp_sum / (len(query) if nsp_normalizer is None else nsp_normalizer)
+    loss = ntp_loss + nsp_weight * nsp_loss
+    return CoSupervisionOutput(loss, ntp_loss, nsp_loss, ntp_count, len(query), nsp_stats)
+
+
+def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Tensor | None = None,
+                 row_id: Tensor | None = None, col_id: Tensor | None = None, softcap: float = 0.0,
+                 ignore_index: int | None = None, reduction: str, weight: Tensor | None = None, rank: bool,
+                 workspace_bytes: int | None, backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
+    """Both losses: plan, run the operator that the plan asks for, reduce."""
+    workspace = DEFAULT_WORKSPACE.get(x.device.type, 1 << 30) if workspace_bytes is None else workspace_bytes
+    backend = resolve(backend, x)
+    grad = torch.is_grad_enabled()
+    need = [grad and t is not None and t.requires_grad for t in (x, w, bias, scale)]
+    p = plan(len(x), len(w), cost(x, backend, gathered=ignore_index is not None), grads=any(need[:3]),
+             weights_known=reduction != "none", workspace_bytes=workspace)  # fmt: skip
+    valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+    weight = torch.ones_like(valid, dtype=scale.dtype) if weight is None else weight.reshape(-1).to(scale.dtype)
+    weight = weight.masked_fill(~valid, 0.0)
+    divisor = torch.ones_like(scale)
+    if reduction == "mean":
+        divisor = weight.sum()
+        divisor = torch.where(divisor == 0, 1.0, divisor)
+    if p.strategy is Strategy.GRADS_IN_FORWARD:
+        # float16 keeps the divisor for the backward pass: p / N is below its range
+        first, last = (1.0, divisor) if x.dtype == torch.float16 else (divisor, 1.0)
+        total, nll, lse, expected, above, *_ = ops.nll_and_grads(
+            x, w, target, weight / first, scale, bias, row_id, col_id, softcap, ignore_index, need, workspace, backend
+        )
+        loss = total / last
+    else:
+        nll, lse, expected, above = ops.nll_stats(
+            x, w, target, scale, bias, row_id, col_id, softcap, ignore_index, rank, need, workspace, backend
+        )
+        loss = weight * nll / divisor
+        loss = loss if reduction == "none" else loss.sum()
+    nll, lse, expected, above = (t.detach() for t in (nll, lse, expected, above))
+    return loss, RowStats(nll, lse, -nll, lse - expected, (above.long() + 1) * valid, (above == 0) & valid)
+
+
+def _autocast(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or torch.float64 in (x.dtype, w.dtype):
+        return x, w, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), w.to(dtype), bias
+
+
+def _temperature(temperature: float | Tensor, device: torch.device) -> Tensor:
+    if not isinstance(temperature, Tensor):
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        return torch.full((), temperature, dtype=torch.float64).to(device)
+    if temperature.numel() != 1 or temperature.device != device:
+        raise ValueError(f"temperature must be one number on {device}, got {[*temperature.shape]} on {temperature.device}")
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async((temperature > 0).all(), "temperature must be positive")
+    elif not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature.item()}")
+    return temperature.reshape(())
+
+
+def _check_pair(x_name: str, x: Tensor, w_name: str, w: Tensor) -> None:
+    if w.ndim != 2 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"want {x_name} [..., D] and {w_name} [M, D], got {[*x.shape]} and {[*w.shape]}")
+    if x.dtype != w.dtype or not x.is_floating_point():
+        raise ValueError(f"want {x_name} and {w_name} in one floating dtype, got {x.dtype} and {w.dtype}")
+    if x.device != w.device:
+        raise ValueError(f"want {x_name} and {w_name} on one device, got {x.device} and {w.device}")
+
+
+def _check_vector(name: str, v: Tensor, shape, device: torch.device, dtype: torch.dtype | None) -> None:
+    if v.shape != torch.Size(shape):
+        raise ValueError(f"{name} must be {[*shape]}, got {[*v.shape]}")
+    if v.dtype != dtype if dtype else not v.is_floating_point():
+        raise ValueError(f"{name} must be {dtype or 'floating'}, got {v.dtype}")
+    if v.device != device:
+        raise ValueError(f"{name} must be on {device}, got {v.device}")
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")

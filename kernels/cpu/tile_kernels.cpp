@@ -1,0 +1,203 @@
+// The two tile kernels for CPUs: kernels/reference.py says what each computes and what every argument means.
+//
+// One thread owns one row. The loops are plain C++ without branches, so that the compiler turns them into the vector
+// instructions of whatever this file is compiled for; CMakeLists.txt compiles it once per instruction set, with ISA
+// naming the copy. A null pointer stands for an absent bias or absent ids, softcap = 0 for none.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#define NAME2(base, isa) base##_##isa
+#define NAME(base, isa) NAME2(base, isa)
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace {
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int64_t CHUNK = 512;  // columns summed in float before they join a double: 2 KB, stays in L1
+
+template <class To, class From>
+inline To bits(From from) {
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// exp with under 2 ulp of error for x <= 88; 0 below -87.3 (also at -inf); NaN stays NaN.
+// 2^n * exp(r) with n = round(x / ln 2), |r| <= ln 2 / 2; polynomial: Cephes expf (Moshier).
+inline float fast_exp(float x) {
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  float clamped = x < -87.3f ? -87.3f : x;
+  clamped = clamped > 88.f ? 88.f : clamped;
+  const float shifted = clamped * 1.44269504088896341f + magic;
+  const float n = shifted - magic;
+  float r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.f);
+  const float power = bits<float>((bits<int32_t>(shifted) + 127) << 23);  // the magic's own bits leave on the left
+  const float y = p * power;
+  return x < -87.3f ? 0.f : (x > 88.f ? INF : y);
+}
+
+// tanh: a polynomial near 0 (Cephes tanhf, Moshier), 1 - 2 / (exp(2x) + 1) elsewhere.
+inline float fast_tanh(float x) {
+  const float magnitude = std::fabs(x), x2 = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * x2 + 2.06390887954e-2f;
+  p = p * x2 - 5.37397155531e-2f;
+  p = p * x2 + 1.33314422036e-1f;
+  p = p * x2 - 3.33332819422e-1f;
+  const float small = p * x2 * x + x;
+  const float large = 1.f - 2.f / (fast_exp(2.f * magnitude) + 1.f);
+  return magnitude < 0.625f ? small : (x < 0.f ? -large : large);
+}
+
+struct Features {  // what turns an inner product into a logit
+  const float* bias;
+  const int64_t* col_id;
+  float scale, softcap;
+};
+
+// Logits of a run of columns of one row. The target is exempt from the id mask; its caller restores it.
+template <bool CAP>
+inline void run_logits(const float* dot, int64_t first, int64_t n, const Features& f, const int64_t* row_id, float* z) {
+  const float scale = f.scale;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) z[j] = dot[first + j] * scale;
+  if (f.bias) {
+    const float* bias = f.bias + first;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) z[j] += bias[j];
+  }
+  if (CAP) {
+    const float cap = f.softcap, inverse = 1.f / f.softcap;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) z[j] = cap * fast_tanh(z[j] * inverse);
+  }
+  if (row_id) {
+    const int64_t id = *row_id;
+    const int64_t* col_id = f.col_id + first;
+    for (int64_t j = 0; j < n; ++j) z[j] = col_id[j] == id ? -INF : z[j];
+  }
+}
+
+template <bool CAP>
+float one_logit(const float* dot, int64_t at, const Features& f) {
+  float z;
+  run_logits<CAP>(dot, at, 1, f, nullptr, &z);
+  return z;
+}
+
+template <bool CAP>
+void stats_row(const float* dot, int64_t S, int64_t own, const Features& f, const int64_t* row_id, float& max_state,
+               float& sum_state, float& dot_state, float& target_state, int32_t& above_state) {
+  const bool mine = own >= 0 && own < S;
+  if (mine) target_state = one_logit<CAP>(dot, own, f);
+  const float threshold = target_state;
+  float z[CHUNK];
+  float top = max_state;
+  double sum = sum_state, edot = dot_state;
+  int64_t above = above_state;
+  for (int64_t first = 0; first < S; first += CHUNK) {
+    const int64_t n = std::min(CHUNK, S - first);
+    run_logits<CAP>(dot, first, n, f, row_id, z);
+    if (mine && own >= first && own < first + n) z[own - first] = target_state;
+    float chunk_top = -INF;
+    int32_t chunk_above = 0;
+#pragma omp simd reduction(max : chunk_top) reduction(+ : chunk_above)
+    for (int64_t j = 0; j < n; ++j) {
+      chunk_top = z[j] > chunk_top ? z[j] : chunk_top;
+      chunk_above += z[j] > threshold ? 1 : 0;
+    }
+    above += chunk_above;
+    const float next = std::max(top, chunk_top);  // a NaN never wins here; it enters through the sum
+    const float safe = next == -INF ? 0.f : next;
+    if (next > top) {
+      const double decay = top == -INF ? 0. : std::exp(double(top) - double(next));
+      sum *= decay;
+      edot *= decay;
+    }
+    float chunk_sum = 0.f, chunk_dot = 0.f;
+#pragma omp simd reduction(+ : chunk_sum, chunk_dot)
+    for (int64_t j = 0; j < n; ++j) {
+      const float e = fast_exp(z[j] - safe);
+      chunk_sum += e;
+      chunk_dot += e == 0.f ? 0.f : e * z[j];
+    }
+    sum += chunk_sum;
+    edot += chunk_dot;
+    top = next;
+  }
+  max_state = top;
+  sum_state = float(sum);
+  dot_state = float(edot);
+  above_state = int32_t(above);
+}
+
+template <bool CAP>
+void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Features& f, const int64_t* row_id, float lse,
+              float a, float b) {
+  if (a == 0.f && b == 0.f) {
+    std::fill(out, out + S, 0.f);
+    return;
+  }
+  const bool mine = own >= 0 && own < S;
+  const float target_logit = mine ? one_logit<CAP>(dot, own, f) : 0.f;  // read before `out`, which may be `dot`, is written
+  float z[CHUNK];
+  const float inverse = CAP ? 1.f / f.softcap : 0.f;
+  for (int64_t first = 0; first < S; first += CHUNK) {
+    const int64_t n = std::min(CHUNK, S - first);
+    run_logits<CAP>(dot, first, n, f, row_id, z);
+    if (mine && own >= first && own < first + n) z[own - first] = target_logit;
+    float* c = out + first;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const float p = a * fast_exp(z[j] - lse);
+      const float t = z[j] * inverse;
+      c[j] = CAP ? (p == 0.f ? 0.f : p * (1.f - t * t)) : p;
+    }
+  }
+  if (mine) {
+    const float t = target_logit * inverse;
+    out[own] = (a * fast_exp(target_logit - lse) - b) * (CAP ? 1.f - t * t : 1.f);
+  }
+}
+
+}  // namespace
+
+EXPORT void NAME(cosup_tile_stats, ISA)(const float* dot, int64_t R, int64_t S, int64_t stride, float* max, float* sum,
+                                        float* edot, float* target_logit, int32_t* above, int64_t col0,
+                                        const int64_t* target, const float* scale, const float* bias,
+                                        const int64_t* row_id, const int64_t* col_id, float softcap, int threads) {
+  const Features f{bias, col_id, *scale, softcap};
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t r = 0; r < R; ++r) {
+    auto* row = softcap != 0.f ? stats_row<true> : stats_row<false>;
+    row(dot + r * stride, S, target[r] - col0, f, row_id ? row_id + r : nullptr, max[r], sum[r], edot[r],
+        target_logit[r], above[r]);
+  }
+}
+
+EXPORT void NAME(cosup_tile_grad, ISA)(const float* dot, float* out, int64_t R, int64_t S, int64_t stride,
+                                       const float* lse, const float* a, const float* b, int64_t col0,
+                                       const int64_t* target, const float* scale, const float* bias,
+                                       const int64_t* row_id, const int64_t* col_id, float softcap, int threads) {
+  const Features f{bias, col_id, *scale, softcap};
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t r = 0; r < R; ++r) {
+    auto* row = softcap != 0.f ? grad_row<true> : grad_row<false>;
+    row(dot + r * stride, out + r * stride, S, target[r] - col0, f, row_id ? row_id + r : nullptr, lse[r], a[r], b[r]);
+  }
+}

@@ -1,0 +1,75 @@
+"""The C++ tile kernels of ``kernels/cpu``, loaded once and called on the memory of CPU tensors.
+
+Formula, names and the meaning of every argument: ``cosup.kernels.reference``. Tiles are float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cosup.kernels.reference import RowState
+
+INSTRUCTION_SETS = ("plain", "avx2", "avx512")  # bit numbers of cosup_instruction_sets()
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The shared library beside this file; None where it was not built or cannot be loaded."""
+    for path in sorted(Path(__file__).parent.glob("*cosup_cpu.*")):
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    return None
+
+
+def available() -> tuple[str, ...]:
+    """Instruction sets that the library has and this machine runs, best last; empty without the library."""
+    lib = library()
+    bits = lib.cosup_instruction_sets() if lib else 0
+    return tuple(name for i, name in enumerate(INSTRUCTION_SETS) if bits >> i & 1)
+
+
+def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
+               softcap=0.0, instruction_set: str | None = None):  # fmt: skip
+    R, S = dot_RS.shape
+    _function("stats", instruction_set)(
+        _at(dot_RS), R, S, dot_RS.stride(0), *(_at(field) for field in state), col0, _at(target_R), _at(scale),
+        _at(bias_S), _at(row_id_R), _at(col_id_S), softcap, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def tile_grad(dot_RS: Tensor, out_RS: Tensor, lse_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None,
+              col_id_S=None, softcap=0.0, instruction_set: str | None = None):  # fmt: skip
+    R, S = dot_RS.shape
+    assert out_RS.stride() == dot_RS.stride()
+    _function("grad", instruction_set)(
+        _at(dot_RS), _at(out_RS), R, S, dot_RS.stride(0), _at(lse_R), _at(a_R), _at(b_R), col0, _at(target_R),
+        _at(scale), _at(bias_S), _at(row_id_R), _at(col_id_S), softcap, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+POINTER, INT64, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+ARGUMENTS = {
+    "stats": [POINTER, INT64, INT64, INT64, *5 * [POINTER], INT64, *5 * [POINTER], FLOAT, INT],
+    "grad": [POINTER, POINTER, INT64, INT64, INT64, *3 * [POINTER], INT64, *5 * [POINTER], FLOAT, INT],
+}
+
+
+@functools.cache
+def _function(kernel: str, instruction_set: str | None):
+    function = getattr(library(), f"cosup_tile_{kernel}_{instruction_set or available()[-1]}")
+    function.argtypes, function.restype = ARGUMENTS[kernel], None
+    return function
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.stride(-1) == 1 if tensor.ndim else True
+    return tensor.data_ptr()

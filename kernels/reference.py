@@ -1,0 +1,93 @@
+"""The two tile kernels in plain PyTorch: the specification, the oracle, and the path where nothing else runs.
+
+A tile holds raw inner products ``dot[r, s] = <x[r], w[col0 + s]>``. Its logits are
+
+    u[r, s] = scale * dot[r, s] + bias[s]
+    z[r, s] = softcap * tanh(u / softcap)      (z = u without a softcap)
+    z[r, s] = -inf                             where row_id[r] == col_id[s] and col0 + s != target[r]
+
+Shape suffixes: R rows of the tile, S columns of the tile. Row statistics are float32 (float64 for float64 tiles).
+Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowState(NamedTuple):
+    """The running statistic of each row: what a sweep over the columns leaves behind.
+
+    ``target`` may be filled beforehand with the target logit; ``above`` counts against that value until the tile
+    holding the target is seen, and against the tile's own value from there on.
+    """
+
+    max: Tensor  # [N] largest logit so far
+    sum: Tensor  # [N] sum of exp(z - max)
+    dot: Tensor  # [N] sum of exp(z - max) * z
+    target: Tensor  # [N] logit of the target, NaN until seen
+    above: Tensor  # [N] int32, columns other than the target whose logit is above it
+
+    @classmethod
+    def empty(cls, n: int, like: Tensor) -> RowState:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        values = [torch.full((n,), v, dtype=dtype, device=like.device) for v in (float("-inf"), 0.0, 0.0, float("nan"))]
+        return cls(*values, torch.zeros(n, dtype=torch.int32, device=like.device))
+
+    def rows(self, r: slice) -> RowState:
+        return RowState(*(field[r] for field in self))
+
+    def lse(self) -> Tensor:
+        return self.max + self.sum.log()
+
+    def expected(self) -> Tensor:
+        """Mean logit under the softmax, sum_m p[n, m] z[n, m]."""
+        return self.dot / self.sum
+
+
+def logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap) -> tuple[Tensor, Tensor]:
+    """The logits of a tile and the mask of each row's target, as the file's opening says."""
+    u_RS = dot_RS.to(torch.promote_types(dot_RS.dtype, torch.float32)) * scale
+    if bias_S is not None:
+        u_RS = u_RS + bias_S
+    z_RS = softcap * torch.tanh(u_RS / softcap) if softcap else u_RS
+    column_S = torch.arange(col0, col0 + dot_RS.shape[1], device=dot_RS.device)
+    hit_RS = column_S == target_R[:, None]
+    if row_id_R is not None:
+        z_RS = z_RS.masked_fill((col_id_S == row_id_R[:, None]) & ~hit_RS, float("-inf"))
+    return z_RS, hit_RS
+
+
+def tile_stats(dot_RS, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0):
+    """Merge a tile into the running statistic of its rows, in place. The tile is left as it is."""
+    z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap)
+    own_R = torch.where(hit_RS, z_RS, 0.0).sum(1)
+    state.target.copy_(torch.where(hit_RS.any(1), own_R, state.target))
+    state.above.add_(((z_RS > state.target[:, None]) & ~hit_RS).sum(1))
+    new_R = torch.maximum(state.max, z_RS.amax(1))
+    safe_R = torch.where(new_R == float("-inf"), 0.0, new_R)  # a tile of -inf alone
+    e_RS = torch.exp(z_RS - safe_R[:, None])
+    decay_R = torch.exp(state.max - safe_R)
+    state.sum.mul_(decay_R).add_(e_RS.sum(1))
+    state.dot.mul_(decay_R).add_(torch.where(e_RS == 0, 0.0, e_RS * z_RS).sum(1))
+    state.max.copy_(new_R)
+
+
+def tile_grad(dot_RS, out_RS, lse_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
+              softcap=0.0):
+    """out[r, s] = (a[r] * p[r, s] - b[r] * [col0 + s == target[r]]) * du/dz-chain: the gradient with respect to u.
+
+    ``p = exp(z - lse)``. Rows with a == b == 0 are zero whatever their logits are. ``out_RS`` may share memory with
+    ``dot_RS``; the target term is subtracted before rounding to its dtype.
+    """  # fmt: skip
+    z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap)
+    c_RS = a_R[:, None] * torch.exp(z_RS - lse_R[:, None]) - torch.where(hit_RS, b_R[:, None], 0.0)
+    if softcap:
+        c_RS = c_RS * (1 - (z_RS / softcap) ** 2)
+    if row_id_R is not None:
+        c_RS = c_RS.masked_fill(z_RS == float("-inf"), 0.0)  # with a softcap the chain factor is infinite there
+    idle_R1 = ((a_R == 0) & (b_R == 0))[:, None]
+    out_RS.copy_(torch.where(idle_R1, 0.0, c_RS))

@@ -1,0 +1,87 @@
+"""Triton: merge a tile of inner products into the running statistic of its rows. One program owns one row.
+
+Formula, names and the meaning of every argument: ``cosup.kernels.reference``. One read of the tile, nothing written to it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cosup.kernels.reference import RowState
+
+BLOCK_S = 2048  # columns per step; four float32 per thread and step at 8 warps is too few, sixteen spills
+WARPS = 8
+
+
+@triton.jit
+def tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, column, target, softcap,
+                HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr):  # fmt: skip
+    """Logits of columns s of one row; -inf outside the tile and at masked columns. Also d(logit)/du of the softcap."""
+    u = tl.load(dot_ptr + s, s < S, other=0.0).to(tl.float32) * scale
+    if HAS_BIAS:
+        u += tl.load(bias_ptr + s, s < S, other=0.0).to(tl.float32)
+    chain = tl.full(u.shape, 1.0, tl.float32)
+    if HAS_CAP:
+        e = tl.exp(-2.0 * tl.abs(u) / softcap)
+        t = (1.0 - e) / (1.0 + e)
+        chain = 1.0 - t * t
+        u = tl.where(u < 0, -t, t) * softcap
+    u = tl.where(s < S, u, float("-inf"))
+    if HAS_ID:
+        same = tl.load(col_id_ptr + s, s < S, other=0) == tl.load(row_id_ptr + row)
+        u = tl.where(same & (column != target), float("-inf"), u)
+    return u, chain
+
+
+@triton.jit
+def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_ptr, above_ptr, target_ptr, scale_ptr,
+                  bias_ptr, row_id_ptr, col_id_ptr, col0, S, softcap,
+                  HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    dot_ptr += row * stride_R
+    scale = tl.load(scale_ptr)
+    target = tl.load(target_ptr + row)
+    threshold = tl.load(target_logit_ptr + row)
+    own = target - col0  # the target's place in this tile
+    if (own >= 0) & (own < S):
+        z, _ = tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, own + tl.arange(0, 1), S, target,
+                           target, softcap, HAS_BIAS, HAS_ID, HAS_CAP)  # fmt: skip
+        threshold = tl.sum(z, 0)
+        tl.store(target_logit_ptr + row, threshold)
+    run_max = tl.load(max_ptr + row)
+    run_sum = tl.load(sum_ptr + row)
+    run_dot = tl.load(edot_ptr + row)
+    above = tl.load(above_ptr + row)
+    for s0 in range(0, S, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
+        z, _ = tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, col0 + s, target, softcap,
+                           HAS_BIAS, HAS_ID, HAS_CAP)  # fmt: skip
+        new = tl.maximum(run_max, tl.max(z, 0))
+        safe = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far
+        e = tl.exp(z - safe)
+        decay = tl.exp(run_max - safe)
+        run_sum = run_sum * decay + tl.sum(e, 0)
+        run_dot = run_dot * decay + tl.sum(tl.where(e == 0, 0.0, e * z), 0)
+        above += tl.sum(((z > threshold) & (col0 + s != target)).to(tl.int32), 0)
+        run_max = new
+    tl.store(max_ptr + row, run_max)
+    tl.store(sum_ptr + row, run_sum)
+    tl.store(edot_ptr + row, run_dot)
+    tl.store(above_ptr + row, above)
+
+
+def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
+               softcap=0.0):  # fmt: skip
+    R, S = dot_RS.shape
+    if R == 0 or S == 0:
+        return
+    unused = target_R  # a pointer that a kernel without the feature never reads
+    _stats_kernel[(R,)](
+        dot_RS, dot_RS.stride(0), state.max, state.sum, state.dot, state.target, state.above, target_R, scale,
+        unused if bias_S is None else bias_S, unused if row_id_R is None else row_id_R,
+        unused if col_id_S is None else col_id_S, col0, S, softcap,
+        HAS_BIAS=bias_S is not None, HAS_ID=row_id_R is not None, HAS_CAP=bool(softcap),
+        BLOCK_S=min(BLOCK_S, triton.next_power_of_2(S)), num_warps=WARPS,
+    )  # fmt: skip

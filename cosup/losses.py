@@ -236,17 +236,18 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     if p.strategy is Strategy.GRADS_IN_FORWARD:
         # float16 keeps the divisor for the backward pass: p / N is below its range
         first, last = (1.0, divisor) if x.dtype == torch.float16 else (divisor, 1.0)
-        total, nll, lse, expected, above, *_ = ops.nll_and_grads(
+        total, nll, top, exp_sum, expected, above, *_ = ops.nll_and_grads(
             x, w, target, weight / first, scale, bias, row_id, col_id, softcap, ignore_index, need, workspace, backend
         )
         loss = total / last
     else:
-        nll, lse, expected, above = ops.nll_stats(
+        nll, top, exp_sum, expected, above = ops.nll_stats(
             x, w, target, scale, bias, row_id, col_id, softcap, ignore_index, rank, need, workspace, backend
         )
         loss = weight * nll / divisor
         loss = loss if reduction == "none" else loss.sum()
-    nll, lse, expected, above = (t.detach() for t in (nll, lse, expected, above))
+    nll, top, exp_sum, expected, above = (t.detach() for t in (nll, top, exp_sum, expected, above))
+    lse = torch.where(valid, top + exp_sum.log(), 0.0)
     return loss, RowStats(nll, lse, -nll, lse - expected, (above.long() + 1) * valid, (above == 0) & valid)
 
 

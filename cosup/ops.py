@@ -1,7 +1,7 @@
 """The engine as ``torch.library`` operators: schema, fake kernels and derivatives. ``losses`` calls these two.
 
     nll_stats      statistics now; gradients, if asked, by a second sweep once the upstream gradient is known
-    nll_and_grads  total = sum_n weight[n] * nll[n] and its gradients in one sweep
+    nll_and_grads  sum_n weight[n] * nll[n] and its gradients in one sweep
 
 Both refuse targets out of range: an ``IndexError`` on a CPU, a device-side assertion (no synchronisation) on CUDA.
 """
@@ -42,53 +42,53 @@ def _plan(p: Problem, backend: str, workspace_bytes: int, grads: bool, weights_k
     return plan(len(p.target), len(p.w), c, grads=grads, weights_known=weights_known, workspace_bytes=workspace_bytes)
 
 
-def _per_row(p: Problem, state) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll, lse, expected logit and columns above the target, over all N rows; zeros at ignored rows."""
-    lse = state.lse()
-    fields = (lse - state.target, lse, state.expected(), state.above)
+def _per_row(p: Problem, state) -> tuple[Tensor, ...]:
+    """nll, maximum, sum, expected logit and columns above the target, over all N rows; zeros at ignored rows."""
+    fields = (state.nll(), state.max, state.sum, state.expected(), state.above)
     if p.rows is not None:
-        return tuple(f.new_zeros(len(p.x)).index_copy_(0, p.rows, f) for f in fields)  # type: ignore[return-value]
+        return tuple(f.new_zeros(len(p.x)).index_copy_(0, p.rows, f) for f in fields)
     if p.skip is not None:
-        return tuple(f.masked_fill(p.skip, 0) for f in fields)  # type: ignore[return-value]
+        return tuple(f.masked_fill(p.skip, 0) for f in fields)
     return fields
 
 
 @torch.library.custom_op("cosup::nll_stats", mutates_args=())
 def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
               col_id: Tensor | None, softcap: float, ignore_index: int | None, rank: bool, need: list[bool],
-              workspace_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """nll, lse, expected logit, columns above the target: each [N]. ``need``: gradients of x, w, bias, scale."""
+              workspace_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """nll, maximum, sum of exp(z - maximum), expected logit, columns above the target: each [N]. ``need``: gradients of x, w, bias, scale."""
     p = _problem(x, w, target, scale, bias, row_id, col_id, softcap, ignore_index)
     blocks = _plan(p, backend, workspace_bytes, grads=False, weights_known=False)
     state, *_ = walk(p, blocks, backend, rank=rank)
-    return _per_row(p, state)
+    nll, top, total, expected, above = _per_row(p, state)
+    return nll, top, total, expected, above
 
 
 @nll_stats.register_fake
 def _(x, w, target, scale, *_):
-    rows = [torch.empty_like(target, dtype=scale.dtype) for _ in range(3)]
+    rows = [torch.empty_like(target, dtype=scale.dtype) for _ in range(4)]
     return (*rows, torch.empty_like(target, dtype=torch.int32))
 
 
 @torch.library.custom_op("cosup::nll_stats_backward", mutates_args=())
-def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor, lse: Tensor, x: Tensor, w: Tensor, target: Tensor,
+def nll_stats_backward(grad_nll: Tensor, top: Tensor, total: Tensor, x: Tensor, w: Tensor, target: Tensor,
                        scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None, softcap: float,
                        ignore_index: int | None, need: list[bool], workspace_bytes: int, backend: str,
                        ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dw, dbias for upstream gradients of nll and lse; empty where not needed."""
+    """dx, dw, dbias for an upstream gradient of nll; empty where not needed."""
     p = _problem(x, w, target, scale, bias, row_id, col_id, softcap, ignore_index)
     blocks = _plan(p, backend, workspace_bytes, grads=True, weights_known=False)
-    a, b = grad_nll + grad_lse, grad_nll
+    a = grad_nll
     if p.rows is not None:
-        lse, a, b = lse[p.rows], a[p.rows], b[p.rows]
+        top, total, a = top[p.rows], total[p.rows], a[p.rows]
     elif p.skip is not None:
-        a, b = a.masked_fill(p.skip, 0), b.masked_fill(p.skip, 0)
-    _, *grads = walk(p, blocks, backend, lse=lse, a=a, b=b, need=(need[0], need[1], need[2]))
+        a = a.masked_fill(p.skip, 0)
+    _, *grads = walk(p, blocks, backend, max_sum=(top, total), a=a, b=a, need=(need[0], need[1], need[2]))
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
 @nll_stats_backward.register_fake
-def _(grad_nll, grad_lse, lse, x, w, target, scale, bias, row_id, col_id, softcap, ignore_index, need, *_):
+def _(grad_nll, top, total, x, w, target, scale, bias, row_id, col_id, softcap, ignore_index, need, *_):
     return _fake_grads(x, w, scale, need)
 
 
@@ -99,24 +99,31 @@ def _fake_grads(x, w, scale, need):
 
 
 def _stats_context(ctx, inputs, output):
-    x, w, target, scale, bias, row_id, col_id, *options = inputs
-    ctx.options = options
-    ctx.save_for_backward(x, w, target, scale, bias, row_id, col_id, *output[:3])
+    *tensors, ctx.softcap, ctx.ignore_index, _, ctx.need, ctx.workspace_bytes, ctx.backend = inputs
+    nll, top, total, expected, _ = output
+    ctx.save_for_backward(*tensors, nll, top, total, expected)
     ctx.set_materialize_grads(False)
 
 
-def _stats_backward(ctx, grad_nll, grad_lse, grad_expected, grad_above):
-    x, w, target, scale, bias, row_id, col_id, nll, lse, expected = ctx.saved_tensors
-    softcap, ignore_index, _, need, workspace_bytes, backend = ctx.options
-    grad_nll, grad_lse = (torch.zeros_like(lse) if g is None else g for g in (grad_nll, grad_lse))
+def _stats_backward(ctx, grad_nll, *_):
+    x, w, target, scale, bias, row_id, col_id, nll, top, total, expected = ctx.saved_tensors
     dx = dw = dbias = dscale = None
-    if any(need[:3]):
-        grads = nll_stats_backward(grad_nll, grad_lse, lse, x, w, target, scale, bias, row_id, col_id, softcap,
-                                   ignore_index, need, workspace_bytes, backend)  # fmt: skip
-        dx, dw, dbias = (g if wanted else None for g, wanted in zip(grads, need, strict=False))
-    if need[3]:  # z is linear in scale where this is asked: d lse / d log scale is the expected logit
-        dscale = (grad_nll * (expected - (lse - nll)) + grad_lse * expected).sum() / scale
+    if grad_nll is None:
+        return 13 * (None,)
+    if any(ctx.need[:3]):
+        grads = nll_stats_backward(grad_nll, top, total, x, w, target, scale, bias, row_id, col_id, ctx.softcap,
+                                   ctx.ignore_index, ctx.need, ctx.workspace_bytes, ctx.backend)  # fmt: skip
+        dx, dw, dbias = (g if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
+    if ctx.need[3]:
+        dscale = _scale_grad(grad_nll, nll, top, total, expected, scale)
     return dx, dw, None, dscale, dbias, *8 * [None]
+
+
+def _scale_grad(grad_nll, nll, top, total, expected, scale):
+    """d nll / d scale = (expected logit - target logit) / scale: logits are linear in scale wherever this is asked."""
+    target_logit = top + total.log() - nll
+    rows = torch.where(total == 0, 0.0, expected - target_logit)  # no sum: an ignored row
+    return (grad_nll * rows).sum() / scale
 
 
 nll_stats.register_autograd(_stats_backward, setup_context=_stats_context)
@@ -126,46 +133,48 @@ nll_stats.register_autograd(_stats_backward, setup_context=_stats_context)
 def nll_and_grads(x: Tensor, w: Tensor, target: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None,
                   row_id: Tensor | None, col_id: Tensor | None, softcap: float, ignore_index: int | None,
                   need: list[bool], workspace_bytes: int, backend: str,
-                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """total, then nll, lse, expected logit, columns above the target [N], then dx, dw, dbias of the total."""
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The weighted sum, then nll, maximum, sum, expected logit, columns above the target [N], then dx, dw, dbias of the sum."""
     p = _problem(x, w, target, scale, bias, row_id, col_id, softcap, ignore_index)
     blocks = _plan(p, backend, workspace_bytes, grads=True, weights_known=True)
     a = weight if p.rows is None else weight[p.rows]
     if p.skip is not None:
         a = a.masked_fill(p.skip, 0)
     state, *grads = walk(p, blocks, backend, a=a, b=a, need=(need[0], need[1], need[2]))
-    rows = _per_row(p, state)
-    return (weight * rows[0]).sum(), *rows, *(x.new_empty(0) if g is None else g for g in grads)
+    nll, top, total, expected, above = _per_row(p, state)
+    dx, dw, dbias = (x.new_empty(0) if g is None else g for g in grads)
+    return (weight * nll).sum(), nll, top, total, expected, above, dx, dw, dbias
 
 
 @nll_and_grads.register_fake
 def _(x, w, target, weight, scale, bias, row_id, col_id, softcap, ignore_index, need, *_):
-    rows = [torch.empty_like(target, dtype=scale.dtype) for _ in range(3)]
+    rows = [torch.empty_like(target, dtype=scale.dtype) for _ in range(4)]
     above = torch.empty_like(target, dtype=torch.int32)
     return torch.empty_like(scale), *rows, above, *_fake_grads(x, w, scale, need)
 
 
 def _grads_context(ctx, inputs, output):
-    scale, ctx.need = inputs[4], inputs[10]
-    total, nll, lse, expected, above, *grads = output
-    ctx.save_for_backward(inputs[3], scale, nll, lse, expected, *grads)
+    weight, scale, ctx.need = inputs[3], inputs[4], inputs[10]
+    _, nll, top, total, expected, _, *grads = output
+    ctx.save_for_backward(weight, scale, nll, top, total, expected, *grads)
     ctx.set_materialize_grads(False)
 
 
-def _grads_backward(ctx, grad_total, *_):
-    weight, scale, nll, lse, expected, *grads = ctx.saved_tensors
-    if grad_total is None:
+def _grads_backward(ctx, grad_loss, *_):
+    weight, scale, nll, top, total, expected, *grads = ctx.saved_tensors
+    if grad_loss is None:
         return 13 * (None,)
-    dx, dw, dbias = (_scaled(g, grad_total) if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
-    dscale = (grad_total * weight * (expected - (lse - nll))).sum() / scale if ctx.need[3] else None
-    dweight = grad_total * nll if ctx.needs_input_grad[3] else None
+    dx, dw, dbias = (_scaled(g, grad_loss) if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
+    dscale = _scale_grad(grad_loss * weight, nll, top, total, expected, scale) if ctx.need[3] else None
+    dweight = grad_loss * nll if ctx.needs_input_grad[3] else None
     return dx, dw, None, dweight, dscale, dbias, *7 * [None]
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """factor * grad, in grad's own memory where this is its last use."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (grad * factor).to(grad.dtype)
+    traced = type(grad) is not Tensor
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return grad * factor.to(grad.dtype)
     if factor.device.type == "cpu" and factor == 1:
         return grad
     return grad.mul_(factor)

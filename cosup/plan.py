@@ -98,6 +98,8 @@ def _whole_rows(n: int, m: int, cost: Cost, grads: bool, budget: int) -> int:
 
 def _slab(n: int, rows: int, m: int, cost: Cost, grads: bool, budget: int) -> int:
     """Most columns of a slab for blocks of so many rows, a multiple of ALIGN unless it is all of them."""
-    spare = budget - n * cost.row - rows * cost.block_row - (n * cost.query_row if grads else 0)
-    cols = spare // max(1, rows * cost.tile + (cost.table_row if grads else 0))
-    return m if cols >= padded(m) else max(0, cols // ALIGN * ALIGN)
+    if used(n, m, rows, m, cost, grads) <= budget:
+        return m
+    spare = budget - used(n, m, rows, 0, cost, grads)
+    per_column = rows * cost.tile + (cost.table_row if grads and rows < n else 0)
+    return min(m, max(0, spare // max(per_column, 1) // ALIGN * ALIGN))

@@ -26,6 +26,7 @@ from cosup.plan import Cost, Plan, padded
 _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
 BACKENDS = ("auto", "reference", "native", "triton")
 DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
 REFERENCE_COPIES = 6  # tiles that the PyTorch kernels hold at once, by count of their temporaries
 
 
@@ -42,31 +43,31 @@ class Problem(NamedTuple):
     skip: Tensor | None = None  # [N] bool, rows visited whose contents must not matter; None: none
 
 
-def walk(p: Problem, plan: Plan, backend: str, *, lse: Tensor | None = None, a: Tensor | None = None,
-         b: Tensor | None = None, need: tuple[bool, bool, bool] = (False, False, False), rank: bool = False):  # fmt: skip
+def walk(p: Problem, plan: Plan, backend: str, *, max_sum: tuple[Tensor, Tensor] | None = None,
+         a: Tensor | None = None, b: Tensor | None = None, need: tuple[bool, bool, bool] = (False, False, False), rank: bool = False):  # fmt: skip
     """One sweep over all tiles. Vectors over rows are over ``p.rows`` where those are given.
 
     Args:
-        lse: Final log-sum-exp of each row; None: this sweep computes the statistics.
-        a, b: Gradient coefficients, ``dz = a * p - b * [m == target]``; None: no gradients. With ``lse`` None every
+        max_sum: Final maximum and sum of exponentials of each row; None: this sweep computes the statistics.
+        a, b: Gradient coefficients, ``dz = a * p - b * [m == target]``; None: no gradients. Without ``max_sum`` every
             tile must hold whole rows.
         need: Which gradients to make: of x, w, bias.
         rank: Whether ``RowState.above`` will be read.
 
     Returns:
-        RowState (empty where ``lse`` was given), dx [N, D], dw [M, D], dbias [M]; a gradient not asked is None.
+        RowState (empty where ``max_sum`` was given), dx [N, D], dw [M, D], dbias [M]; a gradient not asked is None.
     """
     x, w = p.x, p.w
     n, (m, d) = len(p.target), w.shape
     stats_dtype = p.scale.dtype
     tile_stats, tile_grad = tile_kernels(backend, x)
-    state = RowState.empty(n if lse is None else 0, p.scale)
+    state = RowState.empty(n if max_sum is None else 0, p.scale)
     several_rows, several_cols = plan.block_rows < n, plan.block_cols < m
     if rank and several_cols:
         _target_logits(p, state, plan)
     tile_buffer, half_buffer = _buffers(p, plan)
     if a is not None and b is not None:
-        assert lse is not None or not several_cols
+        assert max_sum is not None or not several_cols
         a, b = a * p.scale, b * p.scale  # the chain from u = scale * dot to dot
     need_x, need_w, need_bias = need
     idle = n == 0 or m == 0
@@ -84,12 +85,13 @@ def walk(p: Problem, plan: Plan, backend: str, *, lse: Tensor | None = None, a: 
             _dots(x_r, w_s, tile, half)
             features = (s.start, p.target[r], p.scale, _slice(p.bias, s), _slice(p.row_id, r), _slice(p.col_id, s),
                         p.softcap)  # fmt: skip
-            if lse is None:
+            if max_sum is None:
                 tile_stats(tile, state.rows(r), *features)
             if a is None or b is None:
                 continue
-            lse_r = state.rows(r).lse() if lse is None else lse[r]
-            coef = _coefficients(tile_grad, tile, half, lse_r, a[r], b[r], features)
+            max_r, sum_r = (state.max[r], state.sum[r]) if max_sum is None else (max_sum[0][r], max_sum[1][r])
+            a_r = torch.where(a[r] == 0, 0.0, a[r] / sum_r)
+            coef = _coefficients(tile_grad, tile, half, max_r, a_r, b[r], features)
             if dx_sum is not None:
                 _add(dx_sum[r], coef, w_s, first=s.start == 0)
             elif dx is not None and p.rows is not None:
@@ -115,12 +117,12 @@ def cost(x: Tensor, backend: str, *, gathered: bool) -> Cost:
     wide = max(item, 4)
     apart = item < 4  # 16-bit operands: gradients are summed in float32 apart
     on_cpu = x.device.type == "cpu"
-    tile = wide * (REFERENCE_COPIES if resolve(backend, x) == "reference" else 1) + (item if apart and on_cpu else 0)
+    tile = wide * (REFERENCE_COPIES if backend == "reference" else 1) + (item if apart and on_cpu else 0)
     return Cost(
         tile=tile,
         row=4 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets and row numbers
         block_row=d * item * 2 if gathered else 0,
-        table_row=d * (4 + (item if on_cpu else 0)) if apart else 0,
+        table_row=d * (4 + (item + 4 if on_cpu else 0)) if apart else 0,  # on a CPU also the product and its scratch
         query_row=d * 4 if apart else 0,
     )
 
@@ -134,15 +136,12 @@ def resolve(backend: str, x: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     device = x.device.type
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     runs = {
         "reference": True,
-        "native": device == "cpu" and x.dtype != torch.float64 and bool(native.available()),
-        "triton": (device == "cuda" or interpreted) and x.dtype != torch.float64,
+        "native": device == "cpu" and x.dtype != torch.float64 and bool(native.AVAILABLE),
+        "triton": (device == "cuda" or INTERPRETED) and x.dtype != torch.float64,
     }
     if backend == "auto":
-        if device == "cpu" and x.dtype != torch.float64 and not runs["native"]:
-            _warn_no_native()
         return next(name for name in ("native", "triton", "reference") if runs[name] and (name, device) != ("triton", "cpu"))
     if not runs[backend]:
         raise ValueError(f"backend {backend!r} does not run on {device} with {x.dtype}; see `cosup doctor`")
@@ -150,10 +149,12 @@ def resolve(backend: str, x: Tensor) -> str:
 
 
 def tile_kernels(backend: str, x: Tensor) -> tuple[Any, Any]:
-    name = resolve(backend, x)
-    if name == "native":
+    """The pair (tile_stats, tile_grad) of a backend that :func:`resolve` gave."""
+    if backend == "native":
         return native.tile_stats, native.tile_grad
-    if name == "reference":
+    if backend == "reference":
+        if x.device.type == "cpu" and x.dtype != torch.float64 and not native.AVAILABLE:
+            _warn_no_native()
         return reference.tile_stats, reference.tile_grad
     from cosup.kernels.tile_grad import tile_grad  # Triton: absent on some platforms
     from cosup.kernels.tile_stats import tile_stats
@@ -217,10 +218,10 @@ def _dots(x_r: Tensor, w_s: Tensor, tile: Tensor, half: Tensor | None) -> None:
         tile.copy_(half)
 
 
-def _coefficients(tile_grad, tile: Tensor, half: Tensor | None, lse_r, a_r, b_r, features) -> Tensor:
+def _coefficients(tile_grad, tile: Tensor, half: Tensor | None, shift_r, a_r, b_r, features) -> Tensor:
     """Gradient coefficients of a tile in the operands' dtype, in the tile's own memory or in ``half``."""
     in_place = half is None or not tile.is_cuda
-    tile_grad(tile, tile if in_place else half, lse_r, a_r, b_r, *features)
+    tile_grad(tile, tile if in_place else half, shift_r, a_r, b_r, *features)
     if half is None:
         return tile
     if in_place:

@@ -17,9 +17,7 @@ from cosup.kernels.reference import RowState
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")  # bit numbers of cosup_instruction_sets()
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The shared library beside this file; None where it was not built or cannot be loaded."""
+def _load() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob("*cosup_cpu.*")):
         try:
             return ctypes.CDLL(str(path))
@@ -28,11 +26,9 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def available() -> tuple[str, ...]:
-    """Instruction sets that the library has and this machine runs, best last; empty without the library."""
-    lib = library()
-    bits = lib.cosup_instruction_sets() if lib else 0
-    return tuple(name for i, name in enumerate(INSTRUCTION_SETS) if bits >> i & 1)
+LIBRARY = _load()  # None where it was not built or cannot be loaded
+# What the library has and this machine runs, best last; empty without the library.
+AVAILABLE = tuple(s for i, s in enumerate(INSTRUCTION_SETS) if LIBRARY and LIBRARY.cosup_instruction_sets() >> i & 1)
 
 
 def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
@@ -44,12 +40,12 @@ def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=No
     )  # fmt: skip
 
 
-def tile_grad(dot_RS: Tensor, out_RS: Tensor, lse_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None,
+def tile_grad(dot_RS: Tensor, out_RS: Tensor, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None,
               col_id_S=None, softcap=0.0, instruction_set: str | None = None):  # fmt: skip
     R, S = dot_RS.shape
     assert out_RS.stride() == dot_RS.stride()
     _function("grad", instruction_set)(
-        _at(dot_RS), _at(out_RS), R, S, dot_RS.stride(0), _at(lse_R), _at(a_R), _at(b_R), col0, _at(target_R),
+        _at(dot_RS), _at(out_RS), R, S, dot_RS.stride(0), _at(shift_R), _at(a_R), _at(b_R), col0, _at(target_R),
         _at(scale), _at(bias_S), _at(row_id_R), _at(col_id_S), softcap, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -63,7 +59,7 @@ ARGUMENTS = {
 
 @functools.cache
 def _function(kernel: str, instruction_set: str | None):
-    function = getattr(library(), f"cosup_tile_{kernel}_{instruction_set or available()[-1]}")
+    function = getattr(LIBRARY, f"cosup_tile_{kernel}_{instruction_set or AVAILABLE[-1]}")
     function.argtypes, function.restype = ARGUMENTS[kernel], None
     return function
 

@@ -43,6 +43,10 @@ class RowState(NamedTuple):
     def lse(self) -> Tensor:
         return self.max + self.sum.log()
 
+    def nll(self) -> Tensor:
+        """lse - target, with the two large numbers subtracted before the small one is added."""
+        return self.sum.log() + (self.max - self.target)
+
     def expected(self) -> Tensor:
         """Mean logit under the softmax, sum_m p[n, m] z[n, m]."""
         return self.dot / self.sum
@@ -76,15 +80,16 @@ def tile_stats(dot_RS, state: RowState, col0, target_R, scale, bias_S=None, row_
     state.max.copy_(new_R)
 
 
-def tile_grad(dot_RS, out_RS, lse_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
+def tile_grad(dot_RS, out_RS, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
               softcap=0.0):
-    """out[r, s] = (a[r] * p[r, s] - b[r] * [col0 + s == target[r]]) * du/dz-chain: the gradient with respect to u.
+    """out[r, s] = (a[r] * exp(z[r, s] - shift[r]) - b[r] * [col0 + s == target[r]]) * dz/du: the gradient of u.
 
-    ``p = exp(z - lse)``. Rows with a == b == 0 are zero whatever their logits are. ``out_RS`` may share memory with
+    With ``shift`` the row's maximum and ``a`` divided by the row's sum the first term is a multiple of the softmax, more
+    exact than exp(z - lse). Rows with a == b == 0 are zero whatever their logits are. ``out_RS`` may share memory with
     ``dot_RS``; the target term is subtracted before rounding to its dtype.
     """  # fmt: skip
     z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap)
-    c_RS = a_R[:, None] * torch.exp(z_RS - lse_R[:, None]) - torch.where(hit_RS, b_R[:, None], 0.0)
+    c_RS = a_R[:, None] * torch.exp(z_RS - shift_R[:, None]) - torch.where(hit_RS, b_R[:, None], 0.0)
     if softcap:
         c_RS = c_RS * (1 - (z_RS / softcap) ** 2)
     if row_id_R is not None:

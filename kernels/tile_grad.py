@@ -15,7 +15,7 @@ from cosup.kernels.tile_stats import BLOCK_S, WARPS, tile_logits
 
 
 @triton.jit
-def _grad_kernel(dot_ptr, stride_R, out_ptr, out_stride_R, lse_ptr, a_ptr, b_ptr, target_ptr, scale_ptr,
+def _grad_kernel(dot_ptr, stride_R, out_ptr, out_stride_R, shift_ptr, a_ptr, b_ptr, target_ptr, scale_ptr,
                  bias_ptr, row_id_ptr, col_id_ptr, col0, S, softcap,
                  HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -23,7 +23,7 @@ def _grad_kernel(dot_ptr, stride_R, out_ptr, out_stride_R, lse_ptr, a_ptr, b_ptr
     out_ptr += row * out_stride_R
     scale = tl.load(scale_ptr)
     target = tl.load(target_ptr + row)
-    lse = tl.load(lse_ptr + row)
+    shift = tl.load(shift_ptr + row)
     a = tl.load(a_ptr + row)
     b = tl.load(b_ptr + row)
     idle = (a == 0) & (b == 0)
@@ -31,20 +31,20 @@ def _grad_kernel(dot_ptr, stride_R, out_ptr, out_stride_R, lse_ptr, a_ptr, b_ptr
         s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
         z, chain = tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, col0 + s, target, softcap,
                                HAS_BIAS, HAS_ID, HAS_CAP)  # fmt: skip
-        c = a * tl.exp(z - lse) - tl.where(col0 + s == target, b, 0.0)
+        c = a * tl.exp(z - shift) - tl.where(col0 + s == target, b, 0.0)
         c = tl.where(idle, 0.0, c * chain)
         tl.debug_barrier()  # every thread has read its part of the block before any writes
         tl.store(out_ptr + s, c.to(out_ptr.dtype.element_ty), s < S)
 
 
-def tile_grad(dot_RS: Tensor, out_RS: Tensor, lse_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None,
+def tile_grad(dot_RS: Tensor, out_RS: Tensor, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None,
               col_id_S=None, softcap=0.0):  # fmt: skip
     R, S = dot_RS.shape
     if R == 0 or S == 0:
         return
     unused = target_R  # a pointer that a kernel without the feature never reads
     _grad_kernel[(R,)](
-        dot_RS, dot_RS.stride(0), out_RS, out_RS.stride(0), lse_R, a_R, b_R, target_R, scale,
+        dot_RS, dot_RS.stride(0), out_RS, out_RS.stride(0), shift_R, a_R, b_R, target_R, scale,
         unused if bias_S is None else bias_S, unused if row_id_R is None else row_id_R,
         unused if col_id_S is None else col_id_S, col0, S, softcap,
         HAS_BIAS=bias_S is not None, HAS_ID=row_id_R is not None, HAS_CAP=bool(softcap),

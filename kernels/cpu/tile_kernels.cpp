@@ -147,7 +147,7 @@ void stats_row(const float* dot, int64_t S, int64_t own, const Features& f, cons
 }
 
 template <bool CAP>
-void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Features& f, const int64_t* row_id, float lse,
+void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Features& f, const int64_t* row_id, float shift,
               float a, float b) {
   if (a == 0.f && b == 0.f) {
     std::fill(out, out + S, 0.f);
@@ -164,14 +164,14 @@ void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Featur
     float* c = out + first;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      const float p = a * fast_exp(z[j] - lse);
+      const float p = a * fast_exp(z[j] - shift);
       const float t = z[j] * inverse;
       c[j] = CAP ? (p == 0.f ? 0.f : p * (1.f - t * t)) : p;
     }
   }
   if (mine) {
     const float t = target_logit * inverse;
-    out[own] = (a * fast_exp(target_logit - lse) - b) * (CAP ? 1.f - t * t : 1.f);
+    out[own] = (a * fast_exp(target_logit - shift) - b) * (CAP ? 1.f - t * t : 1.f);
   }
 }
 
@@ -191,13 +191,13 @@ EXPORT void NAME(cosup_tile_stats, ISA)(const float* dot, int64_t R, int64_t S, 
 }
 
 EXPORT void NAME(cosup_tile_grad, ISA)(const float* dot, float* out, int64_t R, int64_t S, int64_t stride,
-                                       const float* lse, const float* a, const float* b, int64_t col0,
+                                       const float* shift, const float* a, const float* b, int64_t col0,
                                        const int64_t* target, const float* scale, const float* bias,
                                        const int64_t* row_id, const int64_t* col_id, float softcap, int threads) {
   const Features f{bias, col_id, *scale, softcap};
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t r = 0; r < R; ++r) {
     auto* row = softcap != 0.f ? grad_row<true> : grad_row<false>;
-    row(dot + r * stride, out + r * stride, S, target[r] - col0, f, row_id ? row_id + r : nullptr, lse[r], a[r], b[r]);
+    row(dot + r * stride, out + r * stride, S, target[r] - col0, f, row_id ? row_id + r : nullptr, shift[r], a[r], b[r]);
   }
 }

@@ -1,0 +1,20 @@
+"""The floor of both losses: their three matrix products alone, in the row blocks of a plan, and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def three_gemms(x_ND: Tensor, w_MD: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
+    """Tile = x w^T, dx = tile w, dw += tile^T x; the tile's contents never matter."""
+    with torch.no_grad():
+        tile_RM = torch.empty(block_rows, len(w_MD), dtype=x_ND.dtype, device=x_ND.device)
+        dx_ND, dw_MD = torch.empty_like(x_ND), torch.empty_like(w_MD)
+        for n in range(0, len(x_ND), block_rows):
+            x_RD = x_ND[n : n + block_rows]
+            z_RM = tile_RM[: len(x_RD)]
+            torch.mm(x_RD, w_MD.mT, out=z_RM)
+            torch.mm(z_RM, w_MD, out=dx_ND[n : n + block_rows])
+            torch.mm(z_RM.mT, x_RD, out=dw_MD) if n == 0 else dw_MD.addmm_(z_RM.mT, x_RD)
+        return dx_ND, dw_MD

@@ -1,0 +1,19 @@
+"""Kernels run on the GPU where there is one, and through Triton's interpreter where there is none."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+os.environ.setdefault("TRITON_INTERPRET", str(int(not HAS_GPU)))  # before anything imports triton
+
+
+@pytest.fixture
+def device():
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

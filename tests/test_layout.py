@@ -1,0 +1,54 @@
+"""The import direction is the data flow; kernels/ must not hide Hugging Face's `kernels`."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Every room, in the order of the data flow, and the rooms whose doors it may open.
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "plan": set(),
+    "walk": {"kernels", "plan"},
+    "ops": {"plan", "walk"},
+    "losses": {"plan", "walk", "ops"},
+    "nn": {"losses"},
+    "tokens": set(),
+    "data": {"data", "tokens"},
+    "index": {"data"},
+    "generate": {"tokens", "data", "index"},
+    "pretrained": {"tokens"},
+    "model": {"tokens", "data", "generate", "pretrained"},
+    "train": {"losses", "tokens", "data", "model"},
+    "evaluate": {"losses", "tokens", "data", "index", "generate", "model"},
+    "doctor": {"kernels"},
+    "demo": {"data", "index", "model", "train", "evaluate", "tokens", "generate"},
+    "cli": {"data", "index", "model", "train", "evaluate", "tokens", "generate", "demo", "doctor"},
+}
+FILES = [*ROOT.glob("kernels/*.py"), *ROOT.glob("cosup/[!_]*.py"), *ROOT.glob("cosup/data/*.py")]
+
+
+def room(path: Path) -> str:
+    return path.parent.name if path.parent.name in ("kernels", "data") else path.stem
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_import_direction(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            top, *rest = name.split(".")
+            assert top not in ("kernels", "bench", "tests"), f"{path} imports {name}"
+            assert top != "cosup" or rest[0] in MAY_IMPORT[room(path)], f"{path} imports {name}"
+
+
+def test_every_room_is_listed():
+    assert {room(path) for path in FILES} <= set(MAY_IMPORT)
+
+
+def test_bare_kernels_stays_free():
+    assert [n for n in ast.parse((ROOT / "kernels/__init__.py").read_text()).body if not isinstance(n, ast.Expr)] == []

@@ -1,0 +1,320 @@
+"""The losses against float64: our error is at most twice what plain PyTorch makes in the same dtype."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cosup
+from cosup import co_supervision_loss, info_nce, linear_cross_entropy
+from cosup.kernels import native
+from cosup.plan import used
+from cosup.walk import cost
+
+SHAPES = [(1, 1, 2), (65, 33, 130), (130, 7, 301)]  # N, D, M: one row; ragged; more rows than features
+HAS_GPU = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = ["reference", *(["native"] if native.AVAILABLE else []), "triton"]
+# Every shape on every backend, but one shape in the interpreter, which takes its time.
+BACKENDS_AND_SHAPES = [(b, s) for b in BACKENDS for s in SHAPES if b != "triton" or s == SHAPES[1] or HAS_GPU]
+
+
+def workspace(strategy, x, m, backend):
+    """A budget that makes the plan take a strategy: all rows at once, blocks of whole rows, or slabs of columns."""
+    n, c = len(x), cost(x, backend, gathered=True)
+    rows, cols = {"one block": (n, m), "row blocks": (-(-n // 2), m), "slabs": (min(n, 40), -(-m // 3))}[strategy]
+    return used(n, m, rows, cols, c, True) + (0 if strategy == "one block" else 64 * c.tile)
+
+
+def check(loss, plain, inputs, exact_inputs=None):
+    """Value and gradients of ``loss`` against float64 ``plain``; the budget is twice the error of ``plain`` itself."""
+
+    def run(function, tensors):
+        tensors = [t.detach().clone().requires_grad_() for t in tensors]
+        value = function(*tensors)
+        upstream = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
+        return [value.detach(), *torch.autograd.grad(value, tensors, upstream)]
+
+    truth = run(plain, [t.double() for t in inputs])
+    theirs, ours = run(plain, inputs), run(loss, inputs)
+    for i, (t, p, o) in enumerate(zip(truth, theirs, ours, strict=True)):
+        error, allowed = (o.double() - t).abs().max(), (p.double() - t).abs().max()
+        one_rounding = torch.finfo(p.dtype).eps * t.abs().max()
+        assert error <= 2 * (allowed + one_rounding), f"output {i}: {error:.3g} against {allowed:.3g}"
+
+
+@pytest.mark.parametrize("strategy", ["one block", "row blocks", "slabs"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend, shape", BACKENDS_AND_SHAPES, ids=str)
+def test_linear_cross_entropy_error(shape, reduction, strategy, backend, device):
+    n, d, m = shape
+    x, w, b = torch.randn(n, d, device=device), torch.randn(m, d, device=device), torch.randn(m, device=device)
+    target = torch.randint(m, (n,), device=device)
+    w[target[: n // 2]] = x[: n // 2]  # half of the rows know their answer, so that gradients are not all alike
+    target[1::3] = -100
+    check(
+        lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, backend=backend,
+                                             workspace_bytes=workspace(strategy, x, m, backend)),
+        lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target, reduction=reduction), (x, w, b),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("strategy", ["one block", "row blocks", "slabs"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sixteen_bit_error(shape, reduction, strategy, dtype, device):
+    n, d, m = shape
+    x, w = (torch.randn(k, d, device=device).mul(0.5).to(dtype) for k in (n, m))
+    target = torch.randint(m, (n,), device=device)
+    target[1::3] = -100
+    backend = "native" if device == "cpu" and native.AVAILABLE else "auto"
+    check(
+        lambda x, w: linear_cross_entropy(x, w, target, reduction=reduction,
+                                          workspace_bytes=workspace(strategy, x, m, backend)),
+        lambda x, w: F.cross_entropy(x @ w.mT, target, reduction=reduction), (x, w),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_scale_softcap_and_token_weight(reduction):
+    x, w, token_weight = torch.randn(30, 8), torch.randn(50, 8), torch.rand(30)
+    target = torch.randint(50, (30,))
+    target[::4] = -100
+
+    def plain(x, w, token_weight):
+        z = 2.5 * torch.tanh(0.7 * (x @ w.mT) / 2.5)
+        nll = token_weight * F.cross_entropy(z, target, reduction="none")
+        return nll if reduction == "none" else nll.sum() / (token_weight * (target != -100)).sum()
+
+    check(lambda x, w, tw: linear_cross_entropy(x, w, target, reduction=reduction, logit_scale=0.7, logit_softcap=2.5,
+                                                token_weight=tw), plain, (x, w, token_weight))  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["one block", "row blocks", "slabs"])
+@pytest.mark.parametrize("reduction, normalize", [("mean", True), ("sum", False), ("none", True)])
+@pytest.mark.parametrize("backend, shape", BACKENDS_AND_SHAPES, ids=str)
+def test_info_nce_error(shape, normalize, reduction, strategy, backend, device):
+    """With a learned temperature, a rectangular pool, explicit targets and ids that mask copies of the positive."""
+    n, d, m = shape
+    x, w = torch.randn(n, d, device=device), torch.randn(m, d, device=device)
+    temperature = torch.tensor(0.3, device=device)
+    target, ids = torch.randint(m, (n,), device=device), torch.randint(-(-m // 2), (m,), device=device)
+
+    def plain(x, w, temperature):
+        if normalize:
+            x, w = F.normalize(x), F.normalize(w)
+        same = (ids == ids[target][:, None]) & (torch.arange(m, device=device) != target[:, None])
+        z = (x @ w.mT / temperature).masked_fill(same, float("-inf"))
+        return F.cross_entropy(z, target, reduction=reduction)
+
+    check(lambda x, w, t: info_nce(x, w, target, temperature=t, normalize=normalize, candidate_ids=ids, backend=backend,
+                                   reduction=reduction, workspace_bytes=workspace(strategy, x, m, backend)),
+          plain, (x, w, temperature))  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["row blocks", "slabs"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stats_come_from_the_same_pass(strategy, backend, device):
+    x, w = torch.randn(70, 9, device=device), torch.randn(200, 9, device=device)
+    target = torch.randint(200, (70,), device=device)
+    w[target[:20]] = 3 * x[:20]
+    target[3::5] = -100
+    loss, stats = linear_cross_entropy(x, w, target, return_stats=True, backend=backend,
+                                       workspace_bytes=workspace(strategy, x, 200, backend))  # fmt: skip
+    z = (x @ w.mT).double()
+    keep, log_p = target != -100, z.log_softmax(1)
+    own = z.gather(1, target.clamp(min=0)[:, None])
+    torch.testing.assert_close(loss, stats.nll[keep].mean())
+    for got, want in [(stats.lse, z.logsumexp(1)), (stats.entropy, -(log_p.exp() * log_p).sum(1)),
+                      (stats.log_prob, log_p.gather(1, target.clamp(min=0)[:, None]).squeeze(1))]:  # fmt: skip
+        torch.testing.assert_close(got.double(), want * keep, rtol=1e-5, atol=2e-5)
+    assert torch.equal(stats.rank, ((z > own).sum(1) + 1) * keep)
+    assert torch.equal(stats.top1, (z.argmax(1) == target) & keep) and stats.top1.any() and not stats.top1.all()
+    assert not any(field.requires_grad for field in stats)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 70), st.integers(0, 9), st.integers(1, 140), st.sampled_from(["mean", "sum", "none"]),
+       st.integers(0, 3), st.integers(1, 7), st.sampled_from([0.0, 0.5, 1.0]), st.booleans(), st.integers(0, 1000))  # fmt: skip
+def test_any_shape_stride_and_subset_of_gradients(n, d, m, reduction, layout, subset, ignored, slabs, seed):
+    """float64, so that a wrong index shows and rounding does not."""
+    torch.manual_seed(seed)
+    make = [lambda *s: torch.randn(*s), lambda *s: torch.randn(*s[::-1]).mT, lambda *s: torch.randn(s[0], 2 * s[1])[:, ::2],
+            lambda *s: torch.randn(s[0], 1).expand(*s)][layout]  # fmt: skip
+    tensors = [make(n, d).double(), make(m, d).double(), torch.randn(m).double()]
+    for i, t in enumerate(tensors):
+        tensors[i] = t.detach().requires_grad_(bool(subset >> i & 1))
+    x, w, b = tensors
+    before = [t.detach().clone() for t in tensors]
+    target = torch.randint(m, (n,)).masked_fill_(torch.rand(n) < ignored, -100)
+    budget = workspace("slabs", x, m, "reference") if slabs else None
+    ours = linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, workspace_bytes=budget)
+    plain = F.cross_entropy(F.linear(x, w, b), target, reduction=reduction)
+    if reduction == "mean":
+        plain = plain.nan_to_num() if not (target != -100).any() else plain
+    torch.testing.assert_close(ours, plain)
+    wanted = [t for t in tensors if t.requires_grad]
+    if not (target != -100).any():
+        got = torch.autograd.grad(ours.sum(), wanted)
+        assert all((g == 0).all() for g in got)
+    else:
+        up = torch.randn_like(ours)
+        torch.testing.assert_close(torch.autograd.grad(ours, wanted, up), torch.autograd.grad(plain, wanted, up))
+    assert all(torch.equal(t, s) for t, s in zip(tensors, before, strict=True))
+
+
+def test_only_the_gradients_asked_are_computed(monkeypatch):
+    """A frozen table costs no GEMM for its gradient: 2 products per tile, not 3."""
+    from cosup import walk
+
+    products = []
+    monkeypatch.setattr(walk, "_add", lambda *a, real=walk._add, **k: products.append(1) or real(*a, **k))
+    x, w = torch.randn(8, 4, requires_grad=True), torch.randn(9, 4)
+    info_nce(x, w, normalize=False).backward()
+    assert len(products) == 1
+    linear_cross_entropy(x.detach(), w, torch.zeros(8, dtype=torch.int64))
+    assert len(products) == 1
+
+
+def test_a_nan_row_keeps_to_itself():
+    x, w, target = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,))
+    clean = linear_cross_entropy(x, w, target, reduction="none")
+    x[2], x[4] = float("nan"), float("inf")
+    loss = linear_cross_entropy(x, w, target, reduction="none")
+    assert loss.isnan().tolist() == [False, False, True, False, True, False]
+    assert torch.equal(loss[[0, 1, 3, 5]], clean[[0, 1, 3, 5]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ignored_rows_may_hold_anything(backend, device):
+    x, w, target = torch.randn(6, 4, device=device), torch.randn(9, 4, device=device), torch.randint(9, (6,), device=device)
+    target[2] = -100
+    results = []
+    for filler in (0.0, float("nan")):
+        x[2] = filler
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        loss = linear_cross_entropy(a, b, target, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, (a, b))))
+    torch.testing.assert_close(*results)
+    assert (results[1][1][2] == 0).all()
+
+
+def test_nothing_to_learn_is_zero_and_connected():
+    x, w = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    for rows, target in ((x, torch.full((5,), -100)), (x[:0], torch.empty(0, dtype=torch.int64))):
+        loss = linear_cross_entropy(rows, w, target)
+        assert loss == 0
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, (x, w)))
+    loss = info_nce(x[:0], w)
+    assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (x, w)))
+    loss = co_supervision_loss(torch.randn(2, 3, 4, requires_grad=True), w, torch.full((2, 3), -100), x[:0], x[:0]).loss
+    assert loss == 0 and loss.requires_grad
+
+
+def test_zero_vectors_and_small_temperature_are_finite():
+    x = torch.randn(6, 8).to(torch.bfloat16)
+    x[0] = 0
+    x.requires_grad_()
+    loss = info_nce(x, x.detach().clone(), temperature=0.01)
+    assert loss.isfinite() and torch.autograd.grad(loss, x)[0].isfinite().all()
+
+
+def test_second_backward_works_or_raises():
+    x, w, target = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True), torch.randint(9, (6,))
+    loss = linear_cross_entropy(x, w, target)
+    first = torch.autograd.grad(3 * loss, (x, w), retain_graph=True)
+    kept = [g.clone() for g in first]
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, (x, w), retain_graph=True), tuple(kept))
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, w)), tuple(g / 3 for g in kept))
+    torch.testing.assert_close(first, tuple(kept))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, (x, w))
+
+
+def test_autocast_is_honoured():
+    x, w = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    target = torch.randint(9, (6,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, w, target)
+    assert torch.equal(loss, linear_cross_entropy(x.bfloat16(), w.bfloat16(), target))
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(loss, (x, w)))
+
+
+def test_co_supervision_is_the_sum_of_its_parts():
+    hidden, w, labels = torch.randn(2, 5, 4, requires_grad=True), torch.randn(9, 4), torch.randint(9, (2, 5))
+    labels[0, 2] = -100
+    query, passages, ids = hidden[:, 2], torch.randn(3, 4), torch.tensor([1, 2, 1])
+    ntp = F.cross_entropy((hidden[:, :-1] @ w.mT).flatten(0, 1), labels[:, 1:].flatten())
+    nsp = info_nce(query, passages, candidate_ids=ids)
+    both = co_supervision_loss(hidden, w, labels, query, passages, candidate_ids=ids, nsp_weight=0.3)
+    torch.testing.assert_close(both.loss, ntp + 0.3 * nsp)
+    assert (both.ntp_count, both.nsp_count) == (7, 2)
+    for mode, want in (("ntp", ntp), ("nsp", 0.3 * nsp)):
+        one = co_supervision_loss(hidden, w, labels, query, passages, candidate_ids=ids, nsp_weight=0.3, mode=mode)
+        torch.testing.assert_close(one.loss, want)
+    parts = co_supervision_loss(hidden, w, labels, query, passages, ntp_normalizer=14, nsp_normalizer=4)
+    torch.testing.assert_close(parts.ntp_loss, ntp / 2)
+
+
+def test_modules_call_the_functions():
+    x, target = torch.randn(6, 4), torch.randint(9, (6,))
+    head = cosup.nn.LinearCrossEntropyLoss(4, 9, bias=True, reduction="sum")
+    want = linear_cross_entropy(x, head.linear.weight, target, linear_bias=head.linear.bias, reduction="sum")
+    assert torch.equal(head(x, target), want)
+    contrast = cosup.nn.InfoNCELoss(0.1, learn_temperature=True)
+    contrast(x, x).backward()
+    assert contrast.log_temperature.grad.abs() > 0
+    torch.testing.assert_close(contrast(x, x), info_nce(x, x, temperature=0.1))
+    hidden, labels = torch.randn(2, 3, 4), torch.randint(9, (2, 3))
+    module = cosup.nn.CoSupervisionLoss(nsp_weight=0.5)
+    args = (hidden, head.linear.weight, labels, x, x)
+    assert torch.equal(module(*args).loss, co_supervision_loss(*args, nsp_weight=0.5).loss)
+
+
+X, W, T = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)
+BAD_LINEAR = [
+    (dict(input=X[:, :2]), r"input \[..., D\] and linear_weight \[M, D\], got \[4, 2\] and \[5, 3\]"),
+    (dict(input=X.half()), "one floating dtype, got torch.float16 and torch.float32"),
+    (dict(linear_weight=W.to("meta")), "one device, got cpu and meta"),
+    (dict(target=T[:3]), r"target must be \[4\], got \[3\]"),
+    (dict(target=T.int()), "target must be torch.int64, got torch.int32"),
+    (dict(linear_bias=torch.zeros(4)), r"linear_bias must be \[5\], got \[4\]"),
+    (dict(token_weight=T), "token_weight must be floating, got torch.int64"),
+    (dict(reduction="avg"), "reduction must be one of .*, got 'avg'"),
+    (dict(logit_scale=0.0), "logit_scale must be positive and finite, got 0.0"),
+    (dict(logit_softcap=-1.0), "logit_softcap must be positive and finite, got -1.0"),
+    (dict(workspace_bytes=10), "workspace_bytes must be at least [0-9]+ .*, got 10"),
+    (dict(backend="cuda"), "backend must be one of .*, got 'cuda'"),
+]
+BAD_NCE = [
+    (dict(query=X[0]), r"query must be \[N, D\], got \[3\]"),
+    (dict(candidates=X[:2]), "candidates must have a row for each of the 4 queries .*, got 2 rows"),
+    (dict(temperature=0.0), "temperature must be positive and finite, got 0.0"),
+    (dict(temperature=torch.tensor(-1.0)), "temperature must be positive, got -1.0"),
+    (dict(temperature=torch.ones(2)), r"temperature must be one number .*, got \[2\]"),
+    (dict(candidate_ids=T), r"candidate_ids must be \[5\], got \[4\]"),
+    (dict(query_ids=T), "query_ids without candidate_ids"),
+]
+
+
+@pytest.mark.parametrize("bad, message", BAD_LINEAR, ids=[next(iter(b)) for b, _ in BAD_LINEAR])
+def test_linear_cross_entropy_refuses(bad, message):
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**{"input": X, "linear_weight": W, "target": T, **bad})
+
+
+@pytest.mark.parametrize("bad, message", BAD_NCE, ids=[next(iter(b)) for b, _ in BAD_NCE])
+def test_info_nce_refuses(bad, message):
+    with pytest.raises(ValueError, match=message):
+        info_nce(**{"query": X, "candidates": W, **bad})
+
+
+@pytest.mark.parametrize("value", [5, -1])
+def test_a_label_out_of_range_is_named(value):
+    target = torch.tensor([0, 4, value, 9])
+    with pytest.raises(IndexError, match=rf"target must be in \[0, 5\), got {value} in row 2"):
+        linear_cross_entropy(X, W, target)
+    with pytest.raises(IndexError, match=rf"got {value} in row 2"):
+        info_nce(X, W, target, candidate_ids=torch.arange(5))

@@ -1,0 +1,101 @@
+"""The registered operators: derivatives, fake kernels, whole-graph compilation, and memory as planned."""
+
+import pytest
+import torch
+
+from cosup import info_nce, linear_cross_entropy, ops
+from cosup.kernels import native
+from cosup.plan import plan
+from cosup.walk import cost
+
+BACKENDS = ["reference", *(["native"] if native.AVAILABLE else [])]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("budget", [None, 2000], ids=["whole rows", "slabs"])
+def test_gradcheck(reduction, budget):
+    x, w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 2), (30, 2), (30,)))
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    target, ids = torch.randint(30, (5,)), torch.randint(12, (30,))
+    assert torch.autograd.gradcheck(
+        lambda x, w, t: info_nce(x, w, target, temperature=t, candidate_ids=ids, reduction=reduction,
+                                 workspace_bytes=budget), (x, w, temperature))  # fmt: skip
+    target[2] = -100
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b, logit_softcap=3.0, reduction=reduction,
+                                             workspace_bytes=budget), (x, w, b))  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    x, w, b = (torch.randn(*s, requires_grad=True) for s in ((7, 3), (11, 3), (11,)))
+    scale, weight = torch.tensor(2.0, requires_grad=True), torch.rand(7, requires_grad=True)
+    target, ids = torch.randint(11, (7,)), torch.randint(5, (11,))
+    shared = (scale, b, ids[target], ids, 0.0)
+    end = ([True] * 4, 1 << 20, backend)
+    torch.library.opcheck(ops.nll_stats, (x, w, target, *shared, None, True, *end))
+    torch.library.opcheck(ops.nll_and_grads, (x, w, target, weight, *shared, None, *end))
+    frozen = ([True, False, False, False], 1 << 20, backend)
+    torch.library.opcheck(ops.nll_and_grads, (x, w.detach(), target, weight.detach(), scale.detach(), None, None, None,
+                                              0.0, -100, *frozen))  # fmt: skip
+    top = torch.randn(7)
+    torch.library.opcheck(ops.nll_stats_backward, (weight.detach(), top, weight.detach(), x.detach(), w.detach(), target,
+                                                   scale.detach(), None, None, None, 0.0, None, *end))  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fullgraph_compile(reduction):
+    """The compiled losses, with work before and after them in one graph, equal the eager ones."""
+    w, b = torch.randn(50, 16, requires_grad=True), torch.randn(50, requires_grad=True)
+    temperature = torch.tensor(0.1, requires_grad=True)
+    target, ids = torch.randint(50, (33,)), torch.randint(30, (50,))
+    target[3] = -100
+
+    def token(x, w, b):
+        return 2 * linear_cross_entropy(x.sin(), w, target, linear_bias=b, reduction=reduction)
+
+    def sequence(x, w, t):
+        loss, stats = info_nce(x.sin(), w, temperature=t, candidate_ids=ids, reduction=reduction, return_stats=True)
+        return 2 * loss + 0 * stats.rank.sum()
+
+    for loss, third in ((token, b), (sequence, temperature)):
+        compiled = torch.compile(loss, fullgraph=True)
+        for n in (33, 33):
+            x = torch.randn(n, 16, requires_grad=True)
+            eager, graph = loss(x, w, third), compiled(x, w, third)
+            up = torch.rand_like(eager)
+            torch.testing.assert_close(graph, eager)
+            torch.testing.assert_close(torch.autograd.grad(graph, (x, w, third), up),
+                                       torch.autograd.grad(eager, (x, w, third), up))  # fmt: skip
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason="the reference path holds further tiles")
+@pytest.mark.parametrize("reduction, budget", [("mean", 4 << 20), ("none", 2 << 20), ("none", 1 << 19)])
+def test_peak_memory_is_as_planned(reduction, budget):
+    """Tensors alive above inputs and gradients: never above the plan, and not far below it."""
+    n, d, m = 1024, 64, 4096
+    x, w = (torch.randn(k, d).requires_grad_() for k in (n, m))
+    target = torch.randint(m, (n,))
+    p = plan(n, m, cost(x, "native", gathered=False), grads=True, weights_known=reduction != "none", workspace_bytes=budget)
+    loss = linear_cross_entropy(x, w, target, reduction=reduction, workspace_bytes=budget)
+    torch.autograd.grad(loss.sum(), (x, w))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = linear_cross_entropy(x, w, target, reduction=reduction, workspace_bytes=budget)
+        grads = torch.autograd.grad(loss.sum(), (x, w))
+    alive = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    above = peak - sum(g.nbytes for g in grads)
+    assert 0.9 * p.workspace_bytes < above < 1.05 * p.workspace_bytes
+
+
+def test_fake_outputs_are_as_real(device):
+    """Shapes and dtypes under FakeTensorMode for 16-bit operands, whose statistics are float32."""
+    x, w = (torch.randn(k, 4, dtype=torch.bfloat16, device=device, requires_grad=True) for k in (6, 9))
+    target = torch.randint(9, (6,), device=device)
+    real = linear_cross_entropy(x, w, target, reduction="none")
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = linear_cross_entropy(mode.from_tensor(x), mode.from_tensor(w), mode.from_tensor(target), reduction="none")
+    assert (fake.shape, fake.dtype) == (real.shape, real.dtype)

@@ -1,0 +1,48 @@
+"""The plan keeps its budget, prefers whole rows, and says what it needs when nothing fits."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cosup.plan import MIN_ROWS, Cost, Strategy, plan, used
+
+WIDE = Cost(tile=4, row=60, block_row=0, table_row=0, query_row=0)
+costs = st.builds(Cost, tile=st.sampled_from([4, 6, 24]), row=st.integers(0, 80), block_row=st.integers(0, 10_000),
+                  table_row=st.integers(0, 5_000), query_row=st.integers(0, 5_000))  # fmt: skip
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**6), costs, st.booleans(), st.booleans(), st.integers(0, 1 << 32))
+def test_budget_is_kept_and_stated(n, m, cost, grads, known, budget):
+    try:
+        p = plan(n, m, cost, grads=grads, weights_known=known, workspace_bytes=budget)
+    except ValueError as error:
+        assert "workspace_bytes" in str(error)
+        return
+    assert p.workspace_bytes == used(n, m, p.block_rows, p.block_cols, cost, grads) <= budget
+    assert p.block_cols >= 1 and p.block_rows >= min(n, 1) and p.block_rows <= n and p.block_cols <= m
+    if p.strategy is Strategy.GRADS_IN_FORWARD:
+        assert known and grads and p.block_cols == m
+
+
+@given(st.integers(1, 10**5), st.integers(1, 10**5), costs)
+def test_stated_need_is_enough(n, m, cost):
+    with pytest.raises(ValueError, match=f"for {n} rows and {m} columns, got 0"):
+        plan(n, m, cost._replace(row=max(cost.row, 1)), grads=True, weights_known=True, workspace_bytes=0)
+    least = used(n, m, 1, min(m, 16), cost, True)
+    assert plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=least).workspace_bytes <= least
+
+
+def test_strategies():
+    def strategy(budget, **asked):
+        return plan(2048, 50257, WIDE, **{"grads": True, "weights_known": True, **asked}, workspace_bytes=budget).strategy
+
+    enough = used(2048, 50257, MIN_ROWS, 50257, WIDE, True)
+    assert strategy(enough) is Strategy.GRADS_IN_FORWARD
+    assert strategy(enough - 1) is Strategy.RECOMPUTE
+    assert strategy(enough, weights_known=False) is Strategy.RECOMPUTE
+    assert strategy(enough, grads=False) is Strategy.STATISTICS
+
+
+def test_blocks_are_even():
+    p = plan(2048, 50257, WIDE, grads=True, weights_known=True, workspace_bytes=256 << 20)
+    assert p.block_rows == 1024  # 1,335 rows would fit; two blocks of 1,024 do the same in equal parts

@@ -1,0 +1,129 @@
+"""The tile kernels, native and Triton, against their specification in PyTorch; and the specification against its formula.
+
+Without a GPU the Triton kernels run in the interpreter.
+"""
+
+import pytest
+import torch
+
+from cosup.kernels import native, reference
+from cosup.kernels.reference import RowState
+from cosup.kernels.tile_grad import tile_grad
+from cosup.kernels.tile_stats import tile_stats
+
+SHAPES = [(1, 1), (3, 16), (5, 130), (7, 2100)]  # one element; aligned; ragged; more than one block of columns
+FEATURES = ["plain", "bias", "ids", "softcap", "all"]
+
+
+def natives():
+    return [pytest.param(isa, id=f"native-{isa}") for isa in native.AVAILABLE]
+
+
+@pytest.fixture(params=[*natives(), "triton"])
+def kernels(request):
+    """(tile_stats, tile_grad, device) of one implementation."""
+    if request.param == "triton":
+        return tile_stats, tile_grad, "cuda" if torch.cuda.is_available() else "cpu"
+
+    def with_isa(kernel):
+        return lambda *args: kernel(*args, instruction_set=request.param)
+
+    return with_isa(native.tile_stats), with_isa(native.tile_grad), "cpu"
+
+
+def tile(R, S, features, device, col0=40):
+    """A tile in the middle of a table, with targets in it, left and right of it, and ids that collide."""
+    dot = 5 * torch.randn(R, S + 3, device=device)[:, :S]  # rows are padded
+    target = torch.randint(0, 2 * S + 80, (R,), device=device)
+    target[0] = col0 + S - 1
+    on = {name: features in (name, "all") for name in ("bias", "ids", "softcap")}
+    arguments = (
+        col0, target, torch.tensor(0.7, device=device), torch.randn(S, device=device) if on["bias"] else None,
+        torch.randint(4, (R,), device=device) if on["ids"] else None,
+        torch.randint(4, (S,), device=device) if on["ids"] else None, 3.0 if on["softcap"] else 0.0,
+    )  # fmt: skip
+    return dot, arguments
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("features", FEATURES)
+def test_stats_match_the_specification(kernels, shape, features):
+    stats, _, device = kernels
+    states = []
+    for run in (reference.tile_stats, stats):
+        torch.manual_seed(1)
+        state = RowState.empty(shape[0], torch.empty(0, device=device))
+        for col0 in (40, 40 + shape[1]):  # two tiles side by side: the second merges into the first
+            dot, arguments = tile(*shape, features, device, col0)
+            before = dot.clone()
+            run(dot, state, *arguments)
+            assert torch.equal(dot, before)
+        states.append(state)
+    for name, want, got in zip(RowState._fields, *states, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=name == "target", msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("features", FEATURES)
+def test_grad_matches_the_specification(kernels, shape, features):
+    _, grad, device = kernels
+    dot, arguments = tile(*shape, features, device)
+    state = RowState.empty(shape[0], dot)
+    reference.tile_stats(dot, state, *arguments)
+    a, b = torch.randn(2, shape[0], device=device)
+    a[-1] = b[-1] = 0
+    want = torch.empty_like(dot)
+    reference.tile_grad(dot, want, state.lse(), a, b, *arguments)
+    grad(dot, dot, state.lse(), a, b, *arguments)  # in place
+    torch.testing.assert_close(dot, want, rtol=1e-5, atol=1e-6)
+    assert (dot[-1] == 0).all() or shape[0] == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_specification_is_the_softmax(shape):
+    dot, (col0, target, scale, *_) = tile(*shape, "plain", "cpu")
+    target = torch.randint(col0, col0 + shape[1], (shape[0],))
+    state = RowState.empty(shape[0], dot)
+    reference.tile_stats(dot, state, col0, target, scale)
+    z = (scale * dot).double()
+    p = z.softmax(1)
+    torch.testing.assert_close(state.lse().double(), z.logsumexp(1))
+    torch.testing.assert_close(state.expected().double(), (p * z).sum(1), rtol=1e-5, atol=1e-5)
+    own = z.gather(1, (target - col0)[:, None])
+    torch.testing.assert_close(state.target.double(), own.squeeze(1))
+    assert torch.equal(state.above.long(), (z > own).sum(1))
+    out, one = torch.empty_like(dot), torch.ones(shape[0])
+    reference.tile_grad(dot, out, state.max, 1 / state.sum, one, col0, target, scale)
+    torch.testing.assert_close(out.double(), p - torch.nn.functional.one_hot(target - col0, shape[1]), rtol=1e-4, atol=1e-6)
+
+
+def test_masked_tile_and_nan_row(kernels):
+    """A tile of masked columns leaves the statistic as it was; a NaN stays in its row."""
+    stats, grad, device = kernels
+    dot = torch.randn(3, 20, device=device)
+    dot[1, 4] = float("nan")
+    target = torch.tensor([50, 2, 3], device=device)
+    ids = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros(20, dtype=torch.int64, device=device)
+    one = torch.ones((), device=device)
+    state = RowState.empty(3, dot)
+    stats(dot, state, 0, target, one, None, *ids)
+    assert state.sum[0] == 0 and state.max[0] == float("-inf") and state.above[0] == 0
+    assert torch.isfinite(state.lse()[2])
+    state = RowState.empty(3, dot)
+    stats(dot, state, 0, target, one)
+    assert state.lse().isnan().tolist() == [False, True, False]
+    grad(dot, dot, state.max, 1 / state.sum, torch.ones(3, device=device), 0, target, one)
+    assert dot.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_triton_narrows_in_place(dtype, device):
+    """16-bit coefficients at the front of the float32 rows they are made from."""
+    dot = torch.randn(4, 4200, device=device)
+    target = torch.randint(4200, (4,), device=device)
+    lse, one, scale = dot.logsumexp(1), torch.ones(4, device=device), torch.ones((), device=device)
+    want = torch.empty_like(dot)
+    reference.tile_grad(dot, want, lse, one, one, 0, target, scale)
+    narrow = dot.view(dtype)[:, :4200]
+    tile_grad(dot, narrow, lse, one, one, 0, target, scale)
+    torch.testing.assert_close(narrow.float(), want, rtol=torch.finfo(dtype).eps, atol=1e-7)

@@ -9,12 +9,12 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from gemms import three_gemms
-from measure import compare, report
 
 from cosup import info_nce
 from cosup.plan import plan
 from cosup.walk import cost, resolve
+from gemms import three_gemms
+from measure import compare, report
 
 
 def main() -> None:
@@ -37,7 +37,9 @@ def main() -> None:
         return torch.autograd.grad(loss, (query, candidates))
 
     def ours():
-        return grads(info_nce(query, candidates, temperature=args.temperature, normalize=False, workspace_bytes=workspace))
+        return grads(
+            info_nce(query, candidates, temperature=args.temperature, normalize=False, workspace_bytes=workspace)
+        )
 
     blocks = plan(n, m, cost(query, resolve("auto", query), gathered=False), grads=True, weights_known=True,
                   workspace_bytes=workspace)  # fmt: skip

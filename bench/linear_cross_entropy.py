@@ -9,12 +9,12 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from gemms import three_gemms
-from measure import compare, report
 
 from cosup import linear_cross_entropy
 from cosup.plan import plan
 from cosup.walk import cost, resolve
+from gemms import three_gemms
+from measure import compare, report
 
 
 def main() -> None:
@@ -48,8 +48,8 @@ def main() -> None:
         methods["torch chunked"] = lambda: grads(F.linear_cross_entropy(x, w, target, options=options))
     print(f"plan: {blocks}")
     report("linear_cross_entropy", compare(methods, args.rounds), baseline="three GEMMs", flop=6 * n * d * v,
-           size={"N": n, "D": d, "V": v, "dtype": args.dtype, "workspace_MiB": args.workspace_mib}, gradient_bytes=(n + v) * d * x.element_size(),
-           stated_bytes=blocks.workspace_bytes)  # fmt: skip
+           size={"N": n, "D": d, "V": v, "dtype": args.dtype, "workspace_MiB": args.workspace_mib},
+           gradient_bytes=(n + v) * d * x.element_size(), stated_bytes=blocks.workspace_bytes)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""cosup: train two language models together by next-token and next-sequence prediction, with losses that never store their logits."""
+"""Train two language models together by next-token and next-sequence prediction, and never store the logits."""
 
 from cosup import nn
 from cosup.losses import RowStats, co_supervision_loss, info_nce, linear_cross_entropy

@@ -1,8 +1,8 @@
 """The losses: short formulas over the engine, and the checks of what the user gives.
 
-    linear_cross_entropy   next token:    softmax over the rows of an LM head
-    info_nce               next sequence: softmax over the embeddings of passages
-    co_supervision_loss    L = L_NTP + nsp_weight * L_NSP      (arXiv 2403.09024)
+linear_cross_entropy   next token:    softmax over the rows of an LM head
+info_nce               next sequence: softmax over the embeddings of passages
+co_supervision_loss    L = L_NTP + nsp_weight * L_NSP      (arXiv 2403.09024)
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         z = logit_scale * (input @ linear_weight.T + linear_bias);  z = logit_softcap * tanh(z / logit_softcap)
         loss = sum_n token_weight[n] * (logsumexp(z[n]) - z[n, target[n]])          over rows not ignored
 
-    Same value and gradients as ``F.cross_entropy(z, target, ignore_index=..., reduction=...)``; ``"mean"`` divides by the
-    sum of the weights (their number without ``token_weight``). With no row left the loss is 0 and gradients are zeros.
+    Same value and gradients as ``F.cross_entropy(z, target, ignore_index=..., reduction=...)``; ``"mean"`` divides by
+    the sum of the weights (their number without ``token_weight``). With no row left the loss and its gradients are 0.
 
     Args:
         input: [..., D]; float32, bfloat16, float16 or float64. Under autocast it and the weights take autocast's dtype.
@@ -115,7 +115,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     candidate with the id of a row's positive is no negative of that row: it is left out of the row's softmax.
 
     Args:
-        query: [N, D]; float32, bfloat16, float16 or float64. Under autocast it and the candidates take autocast's dtype.
+        query: [N, D]; float32, bfloat16, float16 or float64. Under autocast both operands take autocast's dtype.
         candidates: [M, D], dtype and device of ``query``. M may be above N: further rows are further negatives.
         target: [N] int64, the row of each query's positive; None: row n for query n (M >= N).
         temperature: Positive divisor; a scalar tensor gets its gradient.
@@ -142,7 +142,9 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     n, m = len(query), len(candidates)
     if target is None:
         if m < n:
-            raise ValueError(f"candidates must have a row for each of the {n} queries when target is None, got {m} rows")
+            raise ValueError(
+                f"candidates must have a row for each of the {n} queries when target is None, got {m} rows"
+            )
         target = torch.arange(n, device=query.device)
     _check_vector("target", target, (n,), query.device, torch.int64)
     if query_ids is not None and candidate_ids is None:
@@ -199,7 +201,11 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
         raise ValueError(f"want hidden [B, T, D] and labels [B, T], got {[*hidden.shape]} and {[*labels.shape]}")
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
     ntp_count = (shifted != -100).sum()
-    ntp_loss, nsp_loss, nsp_stats = 0 * hidden[:0].sum(dtype=torch.float32), 0 * query[:0].sum(dtype=torch.float32), None
+    ntp_loss, nsp_loss, nsp_stats = (
+        0 * hidden[:0].sum(dtype=torch.float32),
+        0 * query[:0].sum(dtype=torch.float32),
+        None,
+    )
     if mode != "nsp":
         ntp_sum = linear_cross_entropy(hidden, linear_weight, shifted, linear_bias=linear_bias, reduction="sum",
                                        logit_scale=logit_scale, logit_softcap=logit_softcap,
@@ -265,7 +271,9 @@ def _temperature(temperature: float | Tensor, device: torch.device) -> Tensor:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         return torch.full((), temperature, dtype=torch.float64).to(device)
     if temperature.numel() != 1 or temperature.device != device:
-        raise ValueError(f"temperature must be one number on {device}, got {[*temperature.shape]} on {temperature.device}")
+        raise ValueError(
+            f"temperature must be one number on {device}, got {[*temperature.shape]} on {temperature.device}"
+        )
     if device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async((temperature > 0).all(), "temperature must be positive")
     elif not temperature > 0:

@@ -20,7 +20,9 @@ class LinearCrossEntropyLoss(nn.Module):
         **options: Options of :func:`cosup.linear_cross_entropy`.
     """
 
-    def __init__(self, in_features: int, num_classes: int, *, bias: bool = False, device=None, dtype=None, **options: Any):
+    def __init__(
+        self, in_features: int, num_classes: int, *, bias: bool = False, device=None, dtype=None, **options: Any
+    ):
         super().__init__()
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.options = options

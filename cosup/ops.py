@@ -56,7 +56,10 @@ def _per_row(p: Problem, state) -> tuple[Tensor, ...]:
 def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
               col_id: Tensor | None, softcap: float, ignore_index: int | None, rank: bool, need: list[bool],
               workspace_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """nll, maximum, sum of exp(z - maximum), expected logit, columns above the target: each [N]. ``need``: gradients of x, w, bias, scale."""
+    """nll, maximum, sum of exp(z - maximum), expected logit, columns above the target: each [N].
+
+    ``need``: which gradients a backward pass will make: of x, w, bias, scale.
+    """
     p = _problem(x, w, target, scale, bias, row_id, col_id, softcap, ignore_index)
     blocks = _plan(p, backend, workspace_bytes, grads=False, weights_known=False)
     state, *_ = walk(p, blocks, backend, rank=rank)
@@ -134,7 +137,7 @@ def nll_and_grads(x: Tensor, w: Tensor, target: Tensor, weight: Tensor, scale: T
                   row_id: Tensor | None, col_id: Tensor | None, softcap: float, ignore_index: int | None,
                   need: list[bool], workspace_bytes: int, backend: str,
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The weighted sum, then nll, maximum, sum, expected logit, columns above the target [N], then dx, dw, dbias of the sum."""
+    """sum_n weight[n] nll[n], then what ``nll_stats`` gives, then dx, dw, dbias of the sum (empty where not needed)."""
     p = _problem(x, w, target, scale, bias, row_id, col_id, softcap, ignore_index)
     blocks = _plan(p, backend, workspace_bytes, grads=True, weights_known=True)
     a = weight if p.rows is None else weight[p.rows]

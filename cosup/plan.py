@@ -69,7 +69,9 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
     cols = _slab(n, rows, m, cost, grads, workspace_bytes)
     if cols < min(m, ALIGN):
         least = used(n, m, 1, min(m, ALIGN), cost, grads)
-        raise ValueError(f"workspace_bytes must be at least {least} for {n} rows and {m} columns, got {workspace_bytes}")
+        raise ValueError(
+            f"workspace_bytes must be at least {least} for {n} rows and {m} columns, got {workspace_bytes}"
+        )
     return Plan(strategy, rows, cols, used(n, m, rows, cols, cost, grads))
 
 

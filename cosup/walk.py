@@ -44,7 +44,8 @@ class Problem(NamedTuple):
 
 
 def walk(p: Problem, plan: Plan, backend: str, *, max_sum: tuple[Tensor, Tensor] | None = None,
-         a: Tensor | None = None, b: Tensor | None = None, need: tuple[bool, bool, bool] = (False, False, False), rank: bool = False):  # fmt: skip
+         a: Tensor | None = None, b: Tensor | None = None, need: tuple[bool, bool, bool] = (False, False, False),
+         rank: bool = False):  # fmt: skip
     """One sweep over all tiles. Vectors over rows are over ``p.rows`` where those are given.
 
     Args:
@@ -58,7 +59,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, max_sum: tuple[Tensor, Tensor]
         RowState (empty where ``max_sum`` was given), dx [N, D], dw [M, D], dbias [M]; a gradient not asked is None.
     """
     x, w = p.x, p.w
-    n, (m, d) = len(p.target), w.shape
+    n, m = len(p.target), len(w)
     stats_dtype = p.scale.dtype
     tile_stats, tile_grad = tile_kernels(backend, x)
     state = RowState.empty(n if max_sum is None else 0, p.scale)
@@ -142,7 +143,9 @@ def resolve(backend: str, x: Tensor) -> str:
         "triton": (device == "cuda" or INTERPRETED) and x.dtype != torch.float64,
     }
     if backend == "auto":
-        return next(name for name in ("native", "triton", "reference") if runs[name] and (name, device) != ("triton", "cpu"))
+        return next(
+            name for name in ("native", "triton", "reference") if runs[name] and (name, device) != ("triton", "cpu")
+        )
     if not runs[backend]:
         raise ValueError(f"backend {backend!r} does not run on {device} with {x.dtype}; see `cosup doctor`")
     return backend
@@ -197,7 +200,7 @@ def _take(p: Problem, r: slice) -> Tensor:
 
 
 def _target_logits(p: Problem, state: RowState, plan: Plan) -> None:
-    """The targets' logits before the sweep, for ranks when the target may stand in a later slab. Fits the tile's room."""
+    """Targets' logits before the sweep, for ranks when a target may stand in a later slab; in the tile's room."""
     d = max(1, p.x.shape[1])
     for r in _spans(len(p.target), max(1, plan.block_rows * plan.block_cols // (4 * d))):
         target_r = p.target[r].clamp(min=0)

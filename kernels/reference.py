@@ -34,8 +34,10 @@ class RowState(NamedTuple):
     @classmethod
     def empty(cls, n: int, like: Tensor) -> RowState:
         dtype = torch.promote_types(like.dtype, torch.float32)
-        values = [torch.full((n,), v, dtype=dtype, device=like.device) for v in (float("-inf"), 0.0, 0.0, float("nan"))]
-        return cls(*values, torch.zeros(n, dtype=torch.int32, device=like.device))
+        top, total, dot, target = (
+            torch.full((n,), v, dtype=dtype, device=like.device) for v in (float("-inf"), 0.0, 0.0, float("nan"))
+        )
+        return cls(top, total, dot, target, torch.zeros(n, dtype=torch.int32, device=like.device))
 
     def rows(self, r: slice) -> RowState:
         return RowState(*(field[r] for field in self))
@@ -80,13 +82,14 @@ def tile_stats(dot_RS, state: RowState, col0, target_R, scale, bias_S=None, row_
     state.max.copy_(new_R)
 
 
-def tile_grad(dot_RS, out_RS, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
-              softcap=0.0):
+def tile_grad(
+    dot_RS, out_RS, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0
+):
     """out[r, s] = (a[r] * exp(z[r, s] - shift[r]) - b[r] * [col0 + s == target[r]]) * dz/du: the gradient of u.
 
-    With ``shift`` the row's maximum and ``a`` divided by the row's sum the first term is a multiple of the softmax, more
-    exact than exp(z - lse). Rows with a == b == 0 are zero whatever their logits are. ``out_RS`` may share memory with
-    ``dot_RS``; the target term is subtracted before rounding to its dtype.
+    With ``shift`` the row's maximum and ``a`` divided by the row's sum the first term is a multiple of the softmax,
+    more exact than exp(z - lse). Rows with a == b == 0 are zero whatever their logits are. ``out_RS`` may share
+    memory with ``dot_RS``; the target term is subtracted before rounding to its dtype.
     """  # fmt: skip
     z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap)
     c_RS = a_R[:, None] * torch.exp(z_RS - shift_R[:, None]) - torch.where(hit_RS, b_R[:, None], 0.0)

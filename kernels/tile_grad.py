@@ -16,8 +16,8 @@ from cosup.kernels.tile_stats import BLOCK_S, WARPS, tile_logits
 
 @triton.jit
 def _grad_kernel(dot_ptr, stride_R, out_ptr, out_stride_R, shift_ptr, a_ptr, b_ptr, target_ptr, scale_ptr,
-                 bias_ptr, row_id_ptr, col_id_ptr, col0, S, softcap,
-                 HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+                 bias_ptr, row_id_ptr, col_id_ptr, col0, S, softcap, HAS_BIAS: tl.constexpr,
+                 HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     dot_ptr += row * stride_R
     out_ptr += row * out_stride_R

@@ -1,6 +1,6 @@
 """Triton: merge a tile of inner products into the running statistic of its rows. One program owns one row.
 
-Formula, names and the meaning of every argument: ``cosup.kernels.reference``. One read of the tile, nothing written to it.
+Formula, names and the meaning of every argument: ``cosup.kernels.reference``. The tile is read once, never written.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, col
 
 @triton.jit
 def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_ptr, above_ptr, target_ptr, scale_ptr,
-                  bias_ptr, row_id_ptr, col_id_ptr, col0, S, softcap,
-                  HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+                  bias_ptr, row_id_ptr, col_id_ptr, col0, S, softcap, HAS_BIAS: tl.constexpr,
+                  HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     dot_ptr += row * stride_R
     scale = tl.load(scale_ptr)

@@ -136,13 +136,21 @@ def test_stats_come_from_the_same_pass(strategy, backend, device):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 70), st.integers(0, 9), st.integers(1, 140), st.sampled_from(["mean", "sum", "none"]),
-       st.integers(0, 3), st.integers(1, 7), st.sampled_from([0.0, 0.5, 1.0]), st.booleans(), st.integers(0, 1000))  # fmt: skip
+@given(
+    n=st.integers(0, 70), d=st.integers(0, 9), m=st.integers(1, 140),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    layout=st.integers(0, 3), subset=st.integers(1, 7), ignored=st.sampled_from([0.0, 0.5, 1.0]), slabs=st.booleans(),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
 def test_any_shape_stride_and_subset_of_gradients(n, d, m, reduction, layout, subset, ignored, slabs, seed):
     """float64, so that a wrong index shows and rounding does not."""
     torch.manual_seed(seed)
-    make = [lambda *s: torch.randn(*s), lambda *s: torch.randn(*s[::-1]).mT, lambda *s: torch.randn(s[0], 2 * s[1])[:, ::2],
-            lambda *s: torch.randn(s[0], 1).expand(*s)][layout]  # fmt: skip
+    make = [
+        lambda *s: torch.randn(*s),
+        lambda *s: torch.randn(*s[::-1]).mT,
+        lambda *s: torch.randn(s[0], 2 * s[1])[:, ::2],
+        lambda *s: torch.randn(s[0], 1).expand(*s),
+    ][layout]
     tensors = [make(n, d).double(), make(m, d).double(), torch.randn(m).double()]
     for i, t in enumerate(tensors):
         tensors[i] = t.detach().requires_grad_(bool(subset >> i & 1))
@@ -189,7 +197,11 @@ def test_a_nan_row_keeps_to_itself():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ignored_rows_may_hold_anything(backend, device):
-    x, w, target = torch.randn(6, 4, device=device), torch.randn(9, 4, device=device), torch.randint(9, (6,), device=device)
+    x, w, target = (
+        torch.randn(6, 4, device=device),
+        torch.randn(9, 4, device=device),
+        torch.randint(9, (6,), device=device),
+    )
     target[2] = -100
     results = []
     for filler in (0.0, float("nan")):

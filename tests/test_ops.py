@@ -39,8 +39,9 @@ def test_opcheck(backend):
     torch.library.opcheck(ops.nll_and_grads, (x, w.detach(), target, weight.detach(), scale.detach(), None, None, None,
                                               0.0, -100, *frozen))  # fmt: skip
     top = torch.randn(7)
-    torch.library.opcheck(ops.nll_stats_backward, (weight.detach(), top, weight.detach(), x.detach(), w.detach(), target,
-                                                   scale.detach(), None, None, None, 0.0, None, *end))  # fmt: skip
+    x, w, scale, weight = (t.detach() for t in (x, w, scale, weight))
+    arguments = (weight, top, weight, x, w, target, scale, None, None, None, 0.0, None, *end)
+    torch.library.opcheck(ops.nll_stats_backward, arguments)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -76,7 +77,9 @@ def test_peak_memory_is_as_planned(reduction, budget):
     n, d, m = 1024, 64, 4096
     x, w = (torch.randn(k, d).requires_grad_() for k in (n, m))
     target = torch.randint(m, (n,))
-    p = plan(n, m, cost(x, "native", gathered=False), grads=True, weights_known=reduction != "none", workspace_bytes=budget)
+    p = plan(
+        n, m, cost(x, "native", gathered=False), grads=True, weights_known=reduction != "none", workspace_bytes=budget
+    )
     loss = linear_cross_entropy(x, w, target, reduction=reduction, workspace_bytes=budget)
     torch.autograd.grad(loss.sum(), (x, w))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -97,5 +100,7 @@ def test_fake_outputs_are_as_real(device):
     target = torch.randint(9, (6,), device=device)
     real = linear_cross_entropy(x, w, target, reduction="none")
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = linear_cross_entropy(mode.from_tensor(x), mode.from_tensor(w), mode.from_tensor(target), reduction="none")
+        fake = linear_cross_entropy(
+            mode.from_tensor(x), mode.from_tensor(w), mode.from_tensor(target), reduction="none"
+        )
     assert (fake.shape, fake.dtype) == (real.shape, real.dtype)

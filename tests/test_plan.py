@@ -34,7 +34,9 @@ def test_stated_need_is_enough(n, m, cost):
 
 def test_strategies():
     def strategy(budget, **asked):
-        return plan(2048, 50257, WIDE, **{"grads": True, "weights_known": True, **asked}, workspace_bytes=budget).strategy
+        return plan(
+            2048, 50257, WIDE, **{"grads": True, "weights_known": True, **asked}, workspace_bytes=budget
+        ).strategy
 
     enough = used(2048, 50257, MIN_ROWS, 50257, WIDE, True)
     assert strategy(enough) is Strategy.GRADS_IN_FORWARD

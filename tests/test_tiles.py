@@ -1,4 +1,4 @@
-"""The tile kernels, native and Triton, against their specification in PyTorch; and the specification against its formula.
+"""The tile kernels, native and Triton, against their specification in PyTorch, and that against its formula.
 
 Without a GPU the Triton kernels run in the interpreter.
 """
@@ -60,7 +60,9 @@ def test_stats_match_the_specification(kernels, shape, features):
             assert torch.equal(dot, before)
         states.append(state)
     for name, want, got in zip(RowState._fields, *states, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=name == "target", msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got, want, rtol=1e-5, atol=1e-5, equal_nan=name == "target", msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -94,7 +96,9 @@ def test_specification_is_the_softmax(shape):
     assert torch.equal(state.above.long(), (z > own).sum(1))
     out, one = torch.empty_like(dot), torch.ones(shape[0])
     reference.tile_grad(dot, out, state.max, 1 / state.sum, one, col0, target, scale)
-    torch.testing.assert_close(out.double(), p - torch.nn.functional.one_hot(target - col0, shape[1]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        out.double(), p - torch.nn.functional.one_hot(target - col0, shape[1]), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_masked_tile_and_nan_row(kernels):

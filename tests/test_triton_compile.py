@@ -36,7 +36,8 @@ for kernel, out in CASES:
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                 Path(file.name).write_bytes(compiled.asm["cubin"])
                 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-                usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+                command = [tool, "--dump-resource-usage", file.name]
+                usage = subprocess.run(command, capture_output=True, text=True, check=True)
             spills = [int(n) for n in re.findall(r"LOCAL:(\d+)", usage.stdout)]
         assert spills, "no resource usage was reported"
         assert not any(spills), f"{kernel.__name__} {out} features={on}: spills {spills}"

@@ -1,0 +1,25 @@
+# Everything from a bare clone: Python >= 3.10 and a C++ compiler on the machine.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/cosup demo $(ARGS)
+
+test: .venv/installed
+	$(BIN)/pytest $(ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/installed: setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*)
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "cosup needs Python 3.10 or later: make PYTHON=python3.x"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,gguf,bench]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info kernels/*.so

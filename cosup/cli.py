@@ -1,0 +1,186 @@
+"""The command: demo, data, train, index, generate, eval, doctor. Each is a few calls of the library."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+console = Console()
+app = typer.Typer(
+    name="cosup",
+    help="Train two language models together by next-token and next-sequence prediction; generate with retrieval.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(
+    help="Fetch and build public data and weights, each by name, version and sha256.", no_args_is_help=True
+)
+app.add_typer(data, name="data")
+
+Model = Annotated[str, typer.Argument(help="Folder that training wrote, or any saved Gen/Ctx pair.")]
+PassagesFile = Annotated[Path, typer.Argument(help="JSONL of passages.", exists=True, dir_okay=False)]
+BatchSize = Annotated[int, typer.Option(help="Passages embedded at once.", min=1)]
+
+
+def main() -> None:
+    """Entry point: what the user can mend is told in one line, without a traceback."""
+    try:
+        app()
+    except (ValueError, IndexError, OSError, RuntimeError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        sys.exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Say which kernels are active, versions, GPU, and what to do about what is missing."""
+    from cosup.doctor import show
+
+    show()
+
+
+@data.command("wiki")
+def data_wiki(
+    out: Annotated[Path | None, typer.Option(help="Folder; default: in the cache.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split into training and test.")] = 0,
+) -> None:
+    """10,033 encyclopedia leads as passages; instances to train on, and three held-out sets (CC BY-SA 4.0)."""
+    from cosup.data import wiki
+
+    for name, path in wiki.build(out, seed=seed)._asdict().items():
+        console.print(f"{name:14} {path}", highlight=False)
+
+
+@data.command("smollm2")
+def data_smollm2(out: Annotated[Path | None, typer.Option(help="Folder; default: in the cache.")] = None) -> None:
+    """SmolLM2-135M-Instruct (Apache-2.0) as a model folder of transformers."""
+    from cosup.data import smollm2
+
+    console.print(str(smollm2.build(out)), highlight=False)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Everything else is a field of CoSupConfig, which has all of transformers' TrainingArguments: "
+    "--gen, --ctx, --instances, --passages, --eval_instances, --num_layers, --pooling, --temperature, --nsp_weight, "
+    "--mode, --preset paper, --learning_rate, --max_steps, --per_device_train_batch_size, --bf16, --save_steps, ...",
+)
+def train(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML of the same names.", exists=True, dir_okay=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --output_dir.")] = False,
+) -> None:
+    """Train Gen and Ctx: cosup train --gen DIR --instances train.jsonl --passages passages.jsonl --output_dir OUT."""
+    from cosup.train import CoSupConfig, CoSupTrainer
+
+    arguments = CoSupConfig.parse(context.args, yaml_file=config)
+    trainer = CoSupTrainer.from_config(arguments)
+    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_model()
+    console.print(f"saved {arguments.output_dir}", highlight=False)
+
+
+@app.command()
+def index(
+    model: Model,
+    passages: PassagesFile,
+    out: Annotated[Path, typer.Argument(help="Folder of the index.")],
+    factory: Annotated[str, typer.Option(help="FAISS factory string.")] = "Flat",
+    batch_size: BatchSize = 64,
+) -> None:
+    """Embed every passage with Ctx and save a searchable index."""
+    from cosup.data import read_passages
+    from cosup.index import SequenceIndex
+    from cosup.model import GenCtxModel
+
+    corpus = read_passages(passages)
+    built = SequenceIndex.from_model(_eval(GenCtxModel, model), corpus.values(), factory=factory, batch_size=batch_size)
+    built.save(out)
+    console.print(f"{len(built):,} passages in {out}", highlight=False)
+
+
+@app.command()
+def generate(
+    model: Model,
+    index: Annotated[Path, typer.Argument(help="Folder of the index.", exists=True, file_okay=False)],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Questions; none: one a line from standard input.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_retrievals: Annotated[int, typer.Option(min=0)] = 4,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Answer: Gen writes, stops at its retrieval token, takes in the best passage, and goes on."""
+    from cosup.index import SequenceIndex
+    from cosup.model import GenCtxModel
+
+    loaded = _eval(GenCtxModel, model)
+    passages = SequenceIndex.load(index, fingerprint=loaded.fingerprint())
+    questions = prompts or [line.strip() for line in sys.stdin if line.strip()]
+    answers = loaded.generate(
+        questions, passages, max_new_tokens=max_new_tokens, max_retrievals=max_retrievals, do_sample=sample,
+        temperature=temperature, top_p=top_p, seed=seed,
+    )  # fmt: skip
+    for question, answer in zip(questions, answers, strict=True):
+        fetched = [
+            {"id": p.passage.id, "title": p.passage.title, "score": p.score, "char": p.char} for p in answer.passages
+        ]
+        if as_json:
+            print(json.dumps({"input": question, "text": answer.text, "passages": fetched}))
+        else:
+            console.print(f"[bold]{question}[/]", f"{answer.render()}\n", sep="\n", highlight=False)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    instances: Annotated[Path, typer.Argument(help="JSONL of held-out instances.", exists=True, dir_okay=False)],
+    passages: PassagesFile,
+    answers: Annotated[int, typer.Option(help="Instances to generate an answer for.", min=0)] = 32,
+    out: Annotated[Path, typer.Option(help="Folder of the report and the picture.")] = Path("eval"),
+    batch_size: BatchSize = 64,
+) -> None:
+    """Held-out loss, retrieval over the whole corpus against BM25, and correctness of answers."""
+    from cosup.data import read_instances, read_passages
+    from cosup.evaluate import evaluate, render, save_picture
+    from cosup.index import SequenceIndex
+    from cosup.model import GenCtxModel
+
+    corpus = read_passages(passages)
+    held_out = read_instances(instances, corpus)
+    loaded = _eval(GenCtxModel, model)
+    built = SequenceIndex.from_model(loaded, corpus.values(), batch_size=batch_size)
+    report = evaluate(loaded, held_out, built, corpus, answers=answers)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    save_picture(report, out / "retrieval.png")
+    console.print(render(report))
+
+
+@app.command()
+def demo(
+    compare: Annotated[bool, typer.Option("--compare", help="Also train ntp-only and nsp-only.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of pictures, report and the trained pair.")] = Path("demo"),
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the matrix products; auto: bfloat16 where fast.")
+    ] = "auto",
+) -> None:
+    """The main job in small: real text, real weights, joint training, an index of 10,033 passages, one answer."""
+    from cosup.demo import run
+
+    run(out, compare=compare, dtype=dtype)
+
+
+def _eval(cls, folder: str):
+    """A saved pair, or any model folder as a fresh pair, ready to embed and generate."""
+    return cls.from_pretrained(folder).eval()

@@ -1,0 +1,87 @@
+"""What of cosup is active on this machine, and what to do about what is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import cosup
+from cosup.kernels import native
+
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "faiss-cpu", "bm25s", "numpy")
+
+
+class Finding(NamedTuple):
+    name: str
+    state: str
+    advice: str = ""
+
+
+def examine() -> list[Finding]:
+    found = [Finding("cosup", cosup.__version__), Finding("python", platform.python_version())]
+    found += [_package(name) for name in PACKAGES]
+    found += [
+        _native(),
+        _gpu(),
+        _triton(),
+        _optional("flash-attn", "attention falls back to SDPA", "pip install flash-attn"),
+    ]
+    found.append(_optional("gguf", "`cosup data smollm2` needs it", "pip install 'cosup[gguf]'"))
+    return found
+
+
+def show() -> None:
+    table = Table(title="cosup doctor")
+    for column in ("what", "state", "what to do"):
+        table.add_column(column)
+    for finding in examine():
+        table.add_row(*finding)
+    Console().print(table)
+
+
+def _package(name: str) -> Finding:
+    version = _version(name)
+    return Finding(name, version) if version else Finding(name, "missing", f"pip install {name}")
+
+
+def _optional(name: str, without: str, advice: str) -> Finding:
+    version = _version(name)
+    return Finding(name, version) if version else Finding(name, f"not installed: {without}", advice)
+
+
+def _native() -> Finding:
+    if native.AVAILABLE:
+        return Finding("CPU kernels", f"native, {native.AVAILABLE[-1]}, {torch.get_num_threads()} threads")
+    if native.LIBRARY is not None:
+        return Finding("CPU kernels", "PyTorch path: the library runs nothing on this processor", "please report it")
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    advice = (
+        "pip install --force-reinstall --no-deps cosup" if compiler else "install a C++ compiler, then reinstall cosup"
+    )
+    return Finding("CPU kernels", "PyTorch path: the native library is not built", advice)
+
+
+def _gpu() -> Finding:
+    if not torch.cuda.is_available():
+        return Finding("GPU", "none: everything runs on the CPU", "install a torch build for your GPU, if there is one")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Finding("GPU", ", ".join(names))
+
+
+def _triton() -> Finding:
+    if _version("triton") is None:
+        return Finding("GPU kernels", "PyTorch path: Triton is missing", "pip install triton (Linux)")
+    return Finding("GPU kernels", "Triton" if torch.cuda.is_available() else "Triton, idle without a GPU")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -24,7 +24,9 @@ class BuildNative(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         try:
-            subprocess.run(["cmake", *generator, f"-DCMAKE_INSTALL_PREFIX={target}", str(source)], cwd=build, check=True)
+            subprocess.run(
+                ["cmake", *generator, f"-DCMAKE_INSTALL_PREFIX={target}", str(source)], cwd=build, check=True
+            )
             subprocess.run(["cmake", "--build", ".", "--target", "install"], cwd=build, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             warnings.warn(f"cosup: native CPU kernels not built ({error}); the PyTorch path is used", stacklevel=1)

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import cosup
 from cosup.kernels import native
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "faiss-cpu", "bm25s", "numpy")
@@ -24,7 +23,7 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    found = [Finding("cosup", cosup.__version__), Finding("python", platform.python_version())]
+    found = [_package("cosup"), Finding("python", platform.python_version())]
     found += [_package(name) for name in PACKAGES]
     found += [
         _native(),

@@ -90,7 +90,7 @@ def tile_grad(
     With ``shift`` the row's maximum and ``a`` divided by the row's sum the first term is a multiple of the softmax,
     more exact than exp(z - lse). Rows with a == b == 0 are zero whatever their logits are. ``out_RS`` may share
     memory with ``dot_RS``; the target term is subtracted before rounding to its dtype.
-    """  # fmt: skip
+    """
     z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap)
     c_RS = a_R[:, None] * torch.exp(z_RS - shift_R[:, None]) - torch.where(hit_RS, b_R[:, None], 0.0)
     if softcap:

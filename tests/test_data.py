@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_instances, tiny_passages, tiny_tokenizer
 
 from cosup.data.collate import IGNORE, GenCtxCollator
 from cosup.data.schema import Instance, Passage, Reference, read_instances, read_passages, write_jsonl
 from cosup.tokens import add_control_tokens, control_ids, encode, passage_text, prompt_ids
+from tiny import tiny_instances, tiny_passages, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 add_control_tokens(TOKENIZER)

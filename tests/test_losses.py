@@ -77,19 +77,29 @@ def test_sixteen_bit_error(shape, reduction, strategy, dtype, device):
     )  # fmt: skip
 
 
+def test_table_gradient_over_many_blocks_is_summed_in_float32():
+    """Of 512 like partial sums in bfloat16 the later ones would be lost; plain PyTorch makes one sum."""
+    x, w = torch.rand(32768, 4).bfloat16(), 0.1 * torch.randn(32, 4).bfloat16()
+    budget = used(32768, 32, 64, 32, cost(x, "native" if native.AVAILABLE else "reference", gathered=True), True)
+    target = torch.randint(16, (32768,))  # half of the columns gain from every row, half lose
+    check(lambda x, w: linear_cross_entropy(x, w, target, workspace_bytes=budget),
+          lambda x, w: F.cross_entropy(x @ w.mT, target), (x, w))  # fmt: skip
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_scale_softcap_and_token_weight(reduction):
-    x, w, token_weight = torch.randn(30, 8), torch.randn(50, 8), torch.rand(30)
+    x, w, b, token_weight = torch.randn(30, 8), torch.randn(50, 8), torch.randn(50), torch.rand(30)
     target = torch.randint(50, (30,))
     target[::4] = -100
 
-    def plain(x, w, token_weight):
-        z = 2.5 * torch.tanh(0.7 * (x @ w.mT) / 2.5)
+    def plain(x, w, b, token_weight):
+        z = 2.5 * torch.tanh(0.7 * F.linear(x, w, b) / 2.5)
         nll = token_weight * F.cross_entropy(z, target, reduction="none")
         return nll if reduction == "none" else nll.sum() / (token_weight * (target != -100)).sum()
 
-    check(lambda x, w, tw: linear_cross_entropy(x, w, target, reduction=reduction, logit_scale=0.7, logit_softcap=2.5,
-                                                token_weight=tw), plain, (x, w, token_weight))  # fmt: skip
+    check(lambda x, w, b, tw: linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, logit_scale=0.7,
+                                                   logit_softcap=2.5, token_weight=tw),
+          plain, (x, w, b, token_weight))  # fmt: skip
 
 
 @pytest.mark.parametrize("strategy", ["one block", "row blocks", "slabs"])

@@ -101,6 +101,15 @@ def test_specification_is_the_softmax(shape):
     )
 
 
+def test_equal_logits_are_not_above(kernels):
+    stats, _, device = kernels
+    dot = torch.tensor([[1.0, 2.0, 2.0, 3.0, 3.0]], device=device)
+    for target, above in ((0, 4), (1, 2), (3, 0)):
+        state = RowState.empty(1, dot)
+        stats(dot, state, 0, torch.tensor([target], device=device), torch.ones((), device=device))
+        assert state.above.item() == above
+
+
 def test_masked_tile_and_nan_row(kernels):
     """A tile of masked columns leaves the statistic as it was; a NaN stays in its row."""
     stats, grad, device = kernels

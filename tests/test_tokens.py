@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -20,6 +19,7 @@ from cosup.tokens import (
     passage_text,
     prompt_ids,
 )
+from tiny import tiny_tokenizer
 
 CONTROL = [RETRIEVE, GROUND, END, EMBED, PAD]
 SPECIAL = ["</s>", "<s>", "[CLS]", "[SEP]", "[UNK]"]

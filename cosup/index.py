@@ -1,0 +1,320 @@
+"""The nonparametric table at rest: the vectors of a corpus in a FAISS index, its passages beside them.
+
+    score[q, m] = <x[q], w[m]>        x, w of unit length where `normalize`        exact for the factory "Flat"
+
+A saved index is one folder: index.faiss, passages.parquet (row number = vector number) and manifest.json, which holds
+the fingerprint of the model that made the vectors and the sha256 of the two others.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cosup.data.schema import Passage
+
+FORMAT_VERSION = 1
+_VECTORS, _PASSAGES, _MANIFEST = "index.faiss", "passages.parquet", "manifest.json"
+_FIELDS = {"format_version": int, "fingerprint": str, "dim": int, "pooling": str, "normalize": bool, "count": int}
+_FIELDS |= {"factory": str, "sha256": dict}
+
+
+class _Encoder(Protocol):
+    """What an index needs of a model."""
+
+    config: Any  # pooling, normalize
+
+    def passage_batch(self, passages: Sequence[Passage]) -> dict[str, Tensor]: ...
+
+    def embed_passages(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+
+    def fingerprint(self) -> str: ...
+
+
+class SequenceIndex:
+    """Passages and their vectors, searched by inner product. Made by `build` or `load`."""
+
+    def __init__(
+        self,
+        vectors: faiss.Index,
+        passages: list[Passage],
+        *,
+        fingerprint: str,
+        pooling: str,
+        normalize: bool,
+        factory: str,
+    ) -> None:
+        self.vectors = vectors
+        self.passages = passages  # passages[m] belongs to vector m
+        self.fingerprint, self.pooling, self.normalize, self.factory = fingerprint, pooling, normalize, factory
+
+    def __len__(self) -> int:
+        return len(self.passages)
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.d
+
+    @classmethod
+    def build(
+        cls,
+        passages: Iterable[Passage],
+        embed: Callable[[list[Passage]], Tensor],
+        *,
+        fingerprint: str,
+        pooling: str,
+        normalize: bool,
+        factory: str = "Flat",
+        batch_size: int = 64,
+    ) -> "SequenceIndex":
+        """Embed the passages batch by batch, in order.
+
+        embed: up to batch_size passages -> [P, D], any float dtype, any device.
+        factory: a FAISS index factory string. One that has to be trained ("IVF64,Flat") is trained on all vectors,
+            which are kept until then (4 * M * D bytes, as many as "Flat" holds anyway).
+
+        Raises ValueError for an empty corpus, an id that comes twice, vectors of a wrong shape or not finite (naming
+        the passage), a factory that FAISS does not know or cannot train on so few passages.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+        kept: dict[str, Passage] = {}
+        waiting: list[np.ndarray] = []  # until the index can be trained
+        vectors: faiss.Index | None = None
+        for batch in _batches(passages, batch_size):
+            for passage in batch:
+                if passage.id in kept:
+                    raise ValueError(f"passages: id {passage.id!r} comes twice")
+                kept[passage.id] = passage
+            with torch.no_grad():
+                block_PD = _prepared(embed(batch), "embed", normalize)
+            if len(block_PD) != len(batch):
+                raise ValueError(f"embed: wanted {len(batch)} vectors for {len(batch)} passages, got {len(block_PD)}")
+            bad = np.flatnonzero(~np.isfinite(block_PD).all(axis=1))
+            if len(bad):
+                raise ValueError(f"embed: the vector of passage {batch[bad[0]].id!r} is not finite")
+            if vectors is None:
+                vectors = _empty(block_PD.shape[1], factory)
+            if block_PD.shape[1] != vectors.d:
+                raise ValueError(f"embed: wanted vectors of {vectors.d}, as before, got {block_PD.shape[1]}")
+            if vectors.is_trained:
+                vectors.add(block_PD)
+            else:
+                waiting.append(block_PD)
+        if vectors is None:
+            raise ValueError("passages: wanted at least one, got none")
+        if waiting:
+            corpus_MD = np.concatenate(waiting)
+            try:
+                vectors.train(corpus_MD)
+            except RuntimeError as error:
+                raise ValueError(f"factory: {factory!r} cannot be trained on {len(kept)} passages: {error}") from error
+            vectors.add(corpus_MD)
+        return cls(
+            vectors,
+            list(kept.values()),
+            fingerprint=fingerprint,
+            pooling=pooling,
+            normalize=normalize,
+            factory=factory,
+        )
+
+    @classmethod
+    def from_model(
+        cls, model: _Encoder, passages: Iterable[Passage], *, factory: str = "Flat", batch_size: int = 64
+    ) -> "SequenceIndex":
+        """The index of a `GenCtxModel` over passages, embedded by length so that batches hold little padding."""
+        return cls.build(
+            sorted(passages, key=lambda passage: len(passage.text)),
+            lambda batch: model.embed_passages(**model.passage_batch(batch)),
+            fingerprint=model.fingerprint(),
+            pooling=model.config.pooling,
+            normalize=model.config.normalize,
+            factory=factory,
+            batch_size=batch_size,
+        )
+
+    def search(self, queries: Tensor, k: int = 1) -> tuple[Tensor, list[list[Passage]]]:
+        """The k passages of the highest score, best first, for each query.
+
+        queries: [Q, D] float -> scores [Q, k] float32 on the CPU, passages Q lists of k. An index in cells (IVF) that
+        finds fewer than k in those it looks at first looks at all.
+
+        Raises ValueError for queries of another shape or not finite, and for k outside 1..len(self).
+        """
+        if not 1 <= k <= len(self):
+            raise ValueError(f"k: wanted 1 to {len(self)}, the size of the corpus, got {k}")
+        queries_QD = _prepared(queries, "queries", self.normalize)
+        if queries_QD.shape[1] != self.dim:
+            raise ValueError(f"queries: wanted [Q, {self.dim}], got {list(queries_QD.shape)}")
+        if not np.isfinite(queries_QD).all():
+            raise ValueError("queries: wanted finite vectors, got NaN or infinity")
+        scores, rows = self.vectors.search(queries_QD, k)
+        cells = faiss.try_extract_index_ivf(self.vectors)
+        if (rows < 0).any() and cells is not None:
+            nprobe, cells.nprobe = cells.nprobe, cells.nlist
+            scores, rows = self.vectors.search(queries_QD, k)
+            cells.nprobe = nprobe
+        if (rows < 0).any():
+            raise ValueError(f"k: wanted at most what {self.factory!r} finds for every query, got {k}")
+        return torch.from_numpy(scores), [[self.passages[m] for m in row] for row in rows.tolist()]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the index as `folder`, in place of an index that is there.
+
+        It is written beside and renamed when whole: if that is interrupted, `load(folder)` gives the index of before.
+        Raises ValueError where `folder` holds anything that is not an index.
+        """
+        folder = Path(folder)
+        strange = _strange(folder)
+        if strange is not None:
+            raise ValueError(f"folder: wanted a new folder or an index, got {folder} with {strange!r} in it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part, before = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part"), _before(folder)
+        part.mkdir()
+        try:
+            faiss.write_index(self.vectors, str(part / _VECTORS))
+            columns = {name: [getattr(p, name) for p in self.passages] for name in ("id", "title", "text")}
+            pq.write_table(pa.table(columns), part / _PASSAGES)
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "fingerprint": self.fingerprint,
+                "dim": self.dim,
+                "pooling": self.pooling,
+                "normalize": self.normalize,
+                "count": len(self),
+                "factory": self.factory,
+                "sha256": {name: _sha256(part / name) for name in (_VECTORS, _PASSAGES)},
+            }
+            (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            for file in part.iterdir():
+                _flush(file)
+            if folder.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                folder.rename(before)
+            part.rename(folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            if not folder.exists() and before.exists():
+                before.rename(folder)
+            raise
+        shutil.rmtree(before, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: str | Path, fingerprint: str | None = None) -> "SequenceIndex":
+        """Read a saved index; both files are checked against the manifest before they are opened.
+
+        fingerprint: of the model that will search (`GenCtxModel.fingerprint()`); None: not checked.
+
+        Raises ValueError for a missing, truncated or changed file, a manifest of another format, an index of another
+        model, and parts that do not belong together. The manifest guards against damage, not against a forger.
+        """
+        folder = Path(folder)
+        if not folder.exists() and _before(folder).exists():
+            folder = _before(folder)  # a save was killed between its two renames
+        manifest = _manifest(folder)
+        if fingerprint is not None and fingerprint != manifest["fingerprint"]:
+            raise ValueError(
+                f"{folder}: wanted an index of the model {fingerprint[:12]}, "
+                f"got one of {manifest['fingerprint'][:12]}; build it again with this model"
+            )
+        for name in (_VECTORS, _PASSAGES):
+            wanted = manifest["sha256"].get(name)
+            got = _sha256(folder / name) if (folder / name).is_file() else "no file"
+            if got != wanted:
+                raise ValueError(f"{folder / name}: damaged or changed: wanted sha256 {wanted}, got {got}")
+        try:
+            vectors = faiss.read_index(str(folder / _VECTORS))
+            rows = pq.read_table(folder / _PASSAGES, columns=["id", "title", "text"]).to_pylist()
+        except (RuntimeError, pa.ArrowException, OSError) as error:
+            raise ValueError(f"{folder}: unreadable: {error}") from error
+        counts = {"manifest": manifest["count"], _VECTORS: vectors.ntotal, _PASSAGES: len(rows)}
+        if len(set(counts.values())) != 1 or not rows:
+            raise ValueError(f"{folder}: wanted as many vectors as passages, and one or more, got {counts}")
+        if vectors.d != manifest["dim"] or vectors.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise ValueError(f"{folder}: wanted inner products of {manifest['dim']}, got {vectors.d} or another metric")
+        return cls(
+            vectors,
+            [Passage(**row) for row in rows],
+            fingerprint=manifest["fingerprint"],
+            pooling=manifest["pooling"],
+            normalize=manifest["normalize"],
+            factory=manifest["factory"],
+        )
+
+
+def _batches(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
+    passages = iter(passages)
+    while batch := list(islice(passages, size)):
+        yield batch
+
+
+def _prepared(vectors: Tensor, name: str, normalize: bool) -> np.ndarray:
+    if not isinstance(vectors, Tensor) or vectors.ndim != 2 or not vectors.is_floating_point():
+        got = f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise ValueError(f"{name}: wanted a float tensor [rows, D], got {got}")
+    vectors = vectors.detach().float().cpu()
+    return (F.normalize(vectors, dim=1) if normalize else vectors).contiguous().numpy()
+
+
+def _empty(dim: int, factory: str) -> faiss.Index:
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(f"factory: wanted a FAISS factory string for {dim} dimensions, got {factory!r}") from error
+
+
+def _before(folder: Path) -> Path:
+    """Where the previous index waits while the new one takes its name."""
+    return folder.with_name(f".{folder.name}.before")
+
+
+def _strange(folder: Path) -> str | None:
+    """Something in the folder that `save` did not put there, or None."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        return folder.name
+    return next((file.name for file in folder.iterdir() if file.name not in (_VECTORS, _PASSAGES, _MANIFEST)), None)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: wanted an index, got no readable {_MANIFEST}: {error}") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: wanted format_version {FORMAT_VERSION}, got {version!r}")
+    for field, kind in _FIELDS.items():
+        if not isinstance(manifest.get(field), kind):
+            raise ValueError(f"{path}: {field}: wanted {kind.__name__}, got {manifest.get(field)!r}")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have the file on the disk before the folder gets its name."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

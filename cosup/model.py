@@ -1,0 +1,375 @@
+"""Gen and Ctx as one model: where the query and the passage vector are read.
+
+    hidden   = Gen's decoder after its final norm        [B, T, D]   (logits are never computed here)
+    query    = hidden at each retrieval token            [Q, D]
+    passages = project(pool(Ctx's last hidden state))    [P, D]      not normalised
+
+B rows of T tokens, Q retrieval tokens, P candidate passages of L tokens, D the width of Gen's head. The projection is
+there only where Ctx is of another width.
+
+Source: Semiparametric Token-Sequence Co-Supervision, arXiv 2403.09024.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from cosup.data.collate import GenCtxCollator
+from cosup.data.schema import Passage
+from cosup.generate import RetrievalGeneration
+from cosup.pretrained import (
+    check_head,
+    final_hidden_state,
+    grow_vocabulary,
+    hidden_width,
+    load,
+    logit_scale,
+    logit_softcap,
+)
+from cosup.tokens import add_control_tokens, control_ids, passage_ids
+
+Pooling = Literal["mean", "last", "token"]
+Mode = Literal["joint", "ntp", "nsp"]
+
+FORMAT_VERSION = 1
+_CONFIG, _EXTRA = "cosup_config.json", "cosup.safetensors"
+
+
+@dataclass
+class GenCtxConfig:
+    """What decides the meaning of a Gen/Ctx pair, kept with its weights.
+
+    pooling: a passage is the mean of its real tokens, its last real token, or an appended [Emb] ("token").
+    shared_weights: Ctx is Gen's own decoder.
+    passage_in_ntp: passage tokens are targets of next-token prediction too.
+    mode: the loss is L_NTP + nsp_weight * L_NSP ("joint"), or one of the two alone.
+    unique_passages: a passage that comes twice in a batch is one candidate, never its own negative.
+    """
+
+    pooling: Pooling = "mean"
+    shared_weights: bool = False
+    normalize: bool = True
+    temperature: float = 0.05
+    learn_temperature: bool = False
+    passage_in_ntp: bool = False
+    nsp_weight: float = 1.0
+    mode: Mode = "joint"
+    unique_passages: bool = True
+    max_length: int = 512
+    max_passage_length: int = 128
+
+    def __post_init__(self) -> None:
+        for name, kind in (("pooling", Pooling), ("mode", Mode)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}: wanted one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature: wanted a positive number, got {self.temperature}")
+        if not (self.nsp_weight >= 0 and math.isfinite(self.nsp_weight)):
+            raise ValueError(f"nsp_weight: wanted a number of at least 0, got {self.nsp_weight}")
+        for name in ("max_length", "max_passage_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+
+    @classmethod
+    def paper(cls) -> "GenCtxConfig":
+        """The choices of the paper's release."""
+        return cls(
+            pooling="last",
+            normalize=False,
+            temperature=1.0,
+            passage_in_ntp=True,
+            nsp_weight=0.01,
+            unique_passages=False,
+            max_length=1024,
+            max_passage_length=1024,
+        )
+
+    @classmethod
+    def of_saved(cls, folder: str | Path) -> "GenCtxConfig | None":
+        """The config of a folder that `GenCtxModel.save_pretrained` wrote; None where it is not one.
+
+        Raises ValueError for a config of another format.
+        """
+        path = Path(folder) / _CONFIG
+        if not path.is_file():
+            return None
+        choices = json.loads(path.read_text(encoding="utf-8"))
+        version = choices.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path}: wanted format_version {FORMAT_VERSION}, got {version!r}")
+        unknown = set(choices) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"{path}: wanted the fields of GenCtxConfig, got {sorted(unknown)}")
+        return cls(**choices)
+
+
+class GenCtxOutput(NamedTuple):
+    hidden: Tensor  # [B, T, D]
+    query: Tensor  # [Q, D]
+    passages: Tensor  # [P, D]
+
+
+class GenCtxModel(nn.Module, RetrievalGeneration):
+    """A causal language model and the encoder of its passages. Usually made by `from_pretrained`.
+
+    Args:
+        gen: any causal language model of transformers whose logits are a linear head over its final hidden state,
+            scaled and soft-capped at most.
+        ctx: a decoder or an encoder without a head; None with shared_weights.
+        gen_tokenizer, ctx_tokenizer: theirs; the second None with shared_weights. Control tokens are added to both,
+            and rows for them to the embeddings.
+        config: defaults to GenCtxConfig().
+
+    Raises ValueError for a gen with another kind of head, an encoder-decoder, and a ctx given or lacking against
+    shared_weights.
+    """
+
+    def __init__(
+        self,
+        gen: PreTrainedModel,
+        ctx: PreTrainedModel | None,
+        gen_tokenizer: PreTrainedTokenizerBase,
+        ctx_tokenizer: PreTrainedTokenizerBase | None,
+        config: GenCtxConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = config or GenCtxConfig()
+        if (ctx is None) != config.shared_weights or (ctx_tokenizer is None) != config.shared_weights:
+            wanted = "no ctx and no ctx_tokenizer" if config.shared_weights else "a ctx and a ctx_tokenizer"
+            raise ValueError(f"ctx: wanted {wanted} with shared_weights={config.shared_weights}, got the contrary")
+        if ctx is not None and ctx.config.is_encoder_decoder:
+            raise ValueError(f"ctx: wanted a decoder or an encoder, got the encoder-decoder {type(ctx).__name__}")
+
+        check_head(gen)
+        self.gen_tokenizer = gen_tokenizer
+        self.ctx_tokenizer = gen_tokenizer if ctx_tokenizer is None else ctx_tokenizer
+        known = [set(tokenizer.get_vocab()) for tokenizer in (self.gen_tokenizer, self.ctx_tokenizer)]
+        add_control_tokens(self.gen_tokenizer)
+        add_control_tokens(self.ctx_tokenizer)
+        grow_vocabulary(gen, self.gen_tokenizer, known[0])
+        if ctx is not None:
+            grow_vocabulary(ctx, self.ctx_tokenizer, known[1])
+            if hasattr(ctx, "pooler"):
+                setattr(ctx, "pooler", None)  # noqa: B010  # a head of some encoders, not read here
+        self.gen = gen
+        self.ctx = gen.get_decoder() if ctx is None else ctx
+
+        width, ctx_width = self.lm_head[0].shape[1], hidden_width(self.ctx)
+        self.projection: nn.Linear | None = None
+        if ctx_width != width:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(0)
+                self.projection = nn.Linear(ctx_width, width, bias=False).to(gen.device, gen.dtype)
+        self.log_temperature: nn.Parameter | None = None
+        if config.learn_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature), device=gen.device))
+        self.train(gen.training)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        gen: str | Path,
+        ctx: str | Path | None = None,
+        *,
+        config: GenCtxConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
+        num_layers: int | None = None,
+    ) -> "GenCtxModel":
+        """A folder that `save_pretrained` wrote, or a new pair of any two hub ids or model folders.
+
+        ctx: None for the same as gen. config: of a saved folder it overrides what was saved, but for shared_weights.
+        dtype: of the weights; float32 to train (mixed precision is the trainer's). num_layers: keep the first layers
+        of both. attn_implementation: as in transformers.
+
+        Raises ValueError, naming the argument and the folder or hub id, where one cannot be loaded.
+        """
+        root, kept = Path(gen), GenCtxConfig.of_saved(gen)
+        config = config or kept or GenCtxConfig()
+        if kept is not None:
+            if ctx is not None:
+                raise ValueError(f"ctx: wanted none beside the saved pair {str(gen)!r}, got {str(ctx)!r}")
+            if config.shared_weights != kept.shared_weights:
+                raise ValueError(f"config: wanted shared_weights={kept.shared_weights} as in {gen}, got the contrary")
+            gen, ctx = root / "gen", root / "ctx"
+        elif config.shared_weights and ctx is not None:
+            raise ValueError(f"ctx: wanted none with shared_weights, got {str(ctx)!r}")
+        ctx = None if config.shared_weights else ctx or gen
+
+        options: dict[str, Any] = {"dtype": dtype, "num_layers": num_layers, "attn_implementation": attn_implementation}
+        gen_model, gen_tokenizer = load("gen", AutoModelForCausalLM, gen, **options)
+        ctx_model, ctx_tokenizer = (None, None) if ctx is None else load("ctx", AutoModel, ctx, **options)
+        model = cls(gen_model, ctx_model, gen_tokenizer, ctx_tokenizer, config)
+        if kept is not None:
+            extra = load_file(root / _EXTRA) if (root / _EXTRA).is_file() else {}
+            for name, parameter in model._extra().items():
+                if name in extra:
+                    parameter.data.copy_(extra[name])
+                elif name == "projection":
+                    raise ValueError(f"gen: wanted a projection in {root / _EXTRA}, got none")
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write gen/ and ctx/ (each a model folder of transformers with its tokenizer), the rest and the config.
+
+        The config is written last: a folder without it is not a saved pair.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _CONFIG).unlink(missing_ok=True)
+        self.gen.save_pretrained(folder / "gen")
+        self.gen_tokenizer.save_pretrained(folder / "gen")
+        if not self.config.shared_weights:
+            self.ctx.save_pretrained(folder / "ctx")
+            self.ctx_tokenizer.save_pretrained(folder / "ctx")
+        if extra := self._extra():
+            save_file({name: parameter.detach().contiguous() for name, parameter in extra.items()}, folder / _EXTRA)
+        text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self.config)}, indent=2) + "\n"
+        part = folder / (_CONFIG + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / _CONFIG)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        query_index: Tensor,
+        passage_input_ids: Tensor,
+        passage_attention_mask: Tensor,
+    ) -> GenCtxOutput:
+        """Hidden states, queries and passage vectors of a batch of `GenCtxCollator`; what the losses need.
+
+        input_ids, attention_mask: [B, T] int64, padded at the right. query_index: [Q] int64, flat index b * T + t of
+        each retrieval token. passage_input_ids, passage_attention_mask: [P, L] int64. Q and P may be 0.
+
+        Raises ValueError for other shapes.
+        """
+        _check_rows("input_ids", input_ids, attention_mask)
+        if query_index.ndim != 1:
+            raise ValueError(f"query_index: wanted [Q], got {list(query_index.shape)}")
+        hidden = final_hidden_state(self.gen.get_decoder(), input_ids, attention_mask)
+        query = hidden.flatten(0, 1)[query_index]
+        return GenCtxOutput(hidden, query, self.embed_passages(passage_input_ids, passage_attention_mask))
+
+    def embed_passages(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Passage vectors [P, D], pooled and projected, not normalised. input_ids, attention_mask: [P, L] int64.
+
+        A passage has the same vector, up to rounding, in any batch and however it is padded. Rows must end in [Emb]
+        where the pooling is "token", as those of `passage_batch` do.
+        """
+        _check_rows("input_ids", input_ids, attention_mask)
+        if not len(input_ids):
+            weight = self.lm_head[0]
+            return weight.new_zeros(0, weight.shape[1])
+        # real tokens first: positions count from the first real token, on whichever side the padding was
+        order = attention_mask.sort(dim=1, descending=True, stable=True).indices
+        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        hidden_PLD = final_hidden_state(self.ctx, input_ids, attention_mask)
+        count_P1 = attention_mask.sum(dim=1, keepdim=True)
+        if self.config.pooling == "mean":
+            real_PLD = hidden_PLD.masked_fill(attention_mask[..., None] == 0, 0)
+            pooled = (real_PLD.sum(dim=1, dtype=torch.float32) / count_P1).to(hidden_PLD.dtype)
+        else:
+            last_P11 = (count_P1 - 1).clamp(min=0)[..., None]
+            pooled = hidden_PLD.take_along_dim(last_P11, dim=1).squeeze(1)
+        return pooled if self.projection is None else self.projection(pooled)
+
+    def collator(self, passages: Mapping[str, Passage]) -> GenCtxCollator:
+        """The collator of this model's batches, as its config says."""
+        return GenCtxCollator(
+            self.gen_tokenizer,
+            self.ctx_tokenizer,
+            passages,
+            max_length=self.config.max_length,
+            max_passage_length=self.config.max_passage_length,
+            passage_in_ntp=self.config.passage_in_ntp,
+            append_embed_token=self.config.pooling == "token",
+            unique_passages=self.config.unique_passages,
+        )
+
+    def passage_batch(self, passages: Sequence[Passage]) -> dict[str, Tensor]:
+        """The arguments of `embed_passages` for these passages, on the model's device."""
+        if not passages:
+            raise ValueError("passages: wanted at least one, got none")
+        rows = [
+            passage_ids(
+                self.ctx_tokenizer,
+                passage.title,
+                passage.text,
+                self.config.max_passage_length,
+                append_embed_token=self.config.pooling == "token",
+            )
+            for passage in passages
+        ]
+        pad = control_ids(self.ctx_tokenizer).pad
+        input_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+        length_P = torch.tensor([len(row) for row in rows])
+        attention_mask = (torch.arange(input_ids.shape[1]) < length_P[:, None]).long()
+        return {"input_ids": input_ids.to(self.device), "attention_mask": attention_mask.to(self.device)}
+
+    @property
+    def device(self) -> torch.device:
+        return self.gen.device
+
+    @property
+    def lm_head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, D] and bias [V] or None of Gen's head."""
+        head = self.gen.get_output_embeddings()
+        return head.weight, getattr(head, "bias", None)
+
+    @property
+    def logit_scale(self) -> float:
+        """What Gen multiplies its logits by."""
+        return logit_scale(self.gen)
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """The c of c * tanh(logit / c), where Gen caps its logits (after the scale)."""
+        return logit_softcap(self.gen)
+
+    @property
+    def temperature(self) -> float | Tensor:
+        return self.config.temperature if self.log_temperature is None else self.log_temperature.exp()
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the weights and the choices that decide `embed_passages` and how vectors are compared."""
+        choices = [self.config.pooling, self.config.normalize, self.config.max_passage_length]
+        digest = hashlib.sha256(json.dumps(choices).encode())
+        tensors = dict(self.ctx.state_dict())
+        if self.projection is not None:
+            tensors["projection"] = self.projection.weight
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Called by the trainer for `activation_checkpointing`; its options go to both models."""
+        self.gen.activation_checkpointing_enable(**options)
+        if not self.config.shared_weights:
+            self.ctx.activation_checkpointing_enable(**options)
+
+    def _extra(self) -> dict[str, Tensor]:
+        """The parameters that neither gen nor ctx holds."""
+        extra = {}
+        if self.projection is not None:
+            extra["projection"] = self.projection.weight
+        if self.log_temperature is not None:
+            extra["log_temperature"] = self.log_temperature
+        return extra
+
+
+def _check_rows(name: str, input_ids: Tensor, attention_mask: Tensor) -> None:
+    if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
+        got = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
+        raise ValueError(f"{name}: wanted [rows, tokens] and an attention_mask of that shape, got {got}")

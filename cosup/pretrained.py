@@ -1,0 +1,142 @@
+"""What a pair needs of any transformers model: its weights, rows for new tokens, its final hidden state, its head.
+
+    logits = softcap(scale * (weight @ hidden + bias))        softcap(z) = c * tanh(z / c), where the model has one
+
+The head is computed by the losses, never here; so a model whose head is of another form is refused.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+
+def load(
+    role: str,
+    auto: type[AutoModel] | type[AutoModelForCausalLM],
+    name: str | Path,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    num_layers: int | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder or hub id. num_layers: keep the first layers; None: all.
+
+    Raises ValueError, naming the role and the folder or hub id: not there, of another kind, without some weights, fewer
+    layers.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no report of the layers and heads left out on purpose
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if num_layers is not None:
+            _keep_layers(config.get_text_config(), num_layers)
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+        model, report = auto.from_pretrained(name, config=config, output_loading_info=True, **options)  # type: ignore[misc]
+        missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+        if missing:  # transformers fills them at random
+            raise ValueError(f"no weights there for {len(missing)} of {type(model).__name__}, {missing[0]} the first")
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{role}: wanted a model folder or hub id, got {str(name)!r}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@torch.no_grad()
+def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: set[str]) -> None:
+    """Rows for the tokens outside `known` and those past the table: the mean row, told apart by a little noise.
+
+    At the mean they take next to no probability from the others. The noise is seeded: a model gets the same rows
+    wherever it is loaded. A tied head stays tied.
+    """
+    rows = len(_weight(model.get_input_embeddings()))
+    new = sorted(id for token, id in tokenizer.get_vocab().items() if token not in known or id >= rows)
+    if not new:
+        return
+    if new[-1] >= rows:
+        with torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = [_weight(table)]
+    if head is not None and head.weight is not table.weight:
+        weights.append(_weight(head))
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights:
+        old = weight[:rows].float()
+        noise = torch.randn(len(new), old.shape[1], generator=generator).to(old.device)
+        weight[new] = (old.mean(dim=0) + 0.1 * old.std(dim=0) * noise).to(weight.dtype)
+    bias = getattr(head, "bias", None)
+    if bias is not None:
+        bias[new] = bias[:rows].mean()
+
+
+def final_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[rows, tokens, D] of a model without a head, after its final norm."""
+    # not every encoder takes use_cache; a decoder left to its default would fill a cache that nobody reads
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return model(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+
+
+def hidden_width(model: PreTrainedModel) -> int:
+    """The D of `final_hidden_state`. OPT may project its last state to another width than its layers have."""
+    config = model.config.get_text_config()
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+
+def logit_scale(model: PreTrainedModel) -> float:
+    """What a causal language model multiplies its logits by, under the names that families use; 1 for most."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    return scale / (getattr(config, "logits_scaling", None) or 1.0)
+
+
+def logit_softcap(model: PreTrainedModel) -> float | None:
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def check_head(gen: PreTrainedModel) -> None:
+    """Refuse a model whose head is not of the form above: its loss would silently be another one. Two tokens are run.
+
+    Raises ValueError.
+    """
+    head, decoder = gen.get_output_embeddings(), gen.get_decoder()
+    if head is None or decoder is gen:
+        raise ValueError(f"gen: wanted a causal language model with a head, got {type(gen).__name__}")
+    if str(getattr(gen.config, "_attn_implementation", "")).startswith("flash"):
+        return  # it runs on a GPU in 16 bits, where this may not be yet
+    training = gen.training
+    gen.eval()
+    ids = torch.tensor([[1, 2]], device=gen.device)
+    logits = logit_scale(gen) * head(final_hidden_state(decoder, ids, torch.ones_like(ids))).float()
+    softcap = logit_softcap(gen)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    wanted = gen(input_ids=ids, use_cache=False).logits.float()
+    gen.train(training)
+    if not torch.allclose(logits, wanted, rtol=0, atol=0.02 * wanted.abs().max().item()):  # 16-bit rounding passes
+        raise ValueError(f"gen: wanted logits that are a head over the final hidden state, got {type(gen).__name__}")
+
+
+def _keep_layers(config: Any, num_layers: int) -> None:
+    if not 1 <= num_layers <= config.num_hidden_layers:
+        raise ValueError(f"num_layers: wanted 1 to {config.num_hidden_layers}, got {num_layers}")
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    config.num_hidden_layers = num_layers
+
+
+def _weight(module: Any) -> Tensor:
+    return module.weight

@@ -1,0 +1,388 @@
+"""Training Gen and Ctx together on transformers' Trainer.
+
+    L = L_NTP / (targets of the accumulated batch) + nsp_weight * L_NSP / (queries of the accumulated batch)
+
+so gradient accumulation gives the NTP gradient of one large batch. It does not give its negatives: each query sees the
+candidates of its own micro-batch only. Single process: CPU or one GPU.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from cosup.data.schema import Instance, Passage, read_instances, read_passages
+from cosup.losses import CoSupervisionOutput, co_supervision_loss
+from cosup.model import GenCtxConfig, GenCtxModel, Mode, Pooling
+
+_STATE, _INTERVAL = "trainer_state.json", "cosup_interval.json"
+_SUMS = ("loss", "ntp_loss", "nsp_loss", "hits", "queries", "tokens")  # over the batches since the last log
+
+
+def _choice(help: str) -> Any:
+    return field(default=None, metadata={"help": f"{help} Default: the preset's."})
+
+
+@dataclass
+class CoSupConfig(TrainingArguments):
+    """TrainingArguments, and the models, the data and the choices of `GenCtxConfig` (None: as the preset says)."""
+
+    gen: str | None = field(default=None, metadata={"help": "Hub id or folder of a language model, or a saved pair."})
+    ctx: str | None = field(default=None, metadata={"help": "Hub id or folder of the passage encoder. Default: gen's."})
+    instances: str | None = field(default=None, metadata={"help": "JSONL of training instances."})
+    passages: str | None = field(default=None, metadata={"help": "JSONL of the passages that instances name."})
+    eval_instances: str | None = field(default=None, metadata={"help": "JSONL of held-out instances."})
+    on_bad_line: Literal["raise", "skip"] = field(default="raise", metadata={"help": "What a bad JSONL line does."})
+    num_layers: int | None = field(default=None, metadata={"help": "Keep the first layers only, of both models."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "As in transformers."})
+    preset: Literal["default", "paper"] | None = field(
+        default=None, metadata={"help": "Gives the choices that are not given below; None: as a saved pair has them."}
+    )
+    pooling: Pooling | None = _choice("A passage vector is the mean, the last real token, or an appended token.")
+    shared_weights: bool | None = _choice("Ctx is Gen's own decoder.")
+    normalize: bool | None = _choice("Compare queries and passages by cosine.")
+    temperature: float | None = _choice("Divides the similarities.")
+    learn_temperature: bool | None = _choice("Train the temperature too.")
+    passage_in_ntp: bool | None = _choice("Passage tokens are targets of next-token prediction too.")
+    nsp_weight: float | None = _choice("Weight of the next-sequence loss.")
+    mode: Mode | None = _choice("Both losses, or one of them alone.")
+    unique_passages: bool | None = _choice("A passage that comes twice in a batch is one candidate.")
+    max_length: int | None = _choice("Most tokens of a Gen row.")
+    max_passage_length: int | None = _choice("Most tokens of a passage.")
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (or this share of all)."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and infinite losses in the log."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # nothing to pin for
+        self.model_config()  # a wrong choice is told now, not after the models are loaded
+
+    def model_config(self) -> GenCtxConfig:
+        """The preset (without one: what a saved pair in `gen` was saved with), and over it the choices given."""
+        if self.preset not in (None, "default", "paper"):
+            raise ValueError(f"preset: wanted default or paper, got {self.preset!r}")
+        saved = GenCtxConfig.of_saved(self.gen) if self.gen and self.preset is None else None
+        base = GenCtxConfig.paper() if self.preset == "paper" else saved or GenCtxConfig()
+        names = [f.name for f in fields(GenCtxConfig)]
+        return replace(base, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str] = (), *, yaml_file: str | Path | None = None) -> "CoSupConfig":
+        """From command-line arguments, a YAML file of the same names, or both; an argument wins over the file.
+
+        Raises ValueError for an unknown name, naming it and where it stands, and for a value of a wrong type.
+        """
+        parser = HfArgumentParser(cls, prog="cosup train", exit_on_error=False, allow_abbrev=False)  # type: ignore[arg-type]
+        if yaml_file is not None:
+            values = yaml.safe_load(Path(yaml_file).read_text(encoding="utf-8")) or {}
+            if not isinstance(values, dict):
+                raise ValueError(f"{yaml_file}: wanted a mapping of names to values, got {type(values).__name__}")
+            unknown = [str(name) for name in values if name not in {f.name for f in fields(cls)}]
+            if unknown:
+                raise ValueError(f"{yaml_file}: wanted names of CoSupConfig, got {', '.join(unknown)}")
+            parser.set_defaults(**values)
+        try:
+            return parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)[0]
+        except argparse.ArgumentError as error:
+            raise ValueError(f"{yaml_file or 'arguments'}: {error}") from error
+
+
+class CoSupTrainer(Trainer):
+    """Trains a `GenCtxModel` as its config says; logs both losses, retrieval accuracy, speed and memory.
+
+    Logged beside transformers' own, over the steps since the last log:
+        loss, ntp_loss, nsp_loss   mean over the steps; loss = ntp_loss + nsp_weight * nsp_loss in mode "joint"
+        retrieval_accuracy         share of queries whose passage comes first among the candidates of its batch
+        tokens_per_second          real tokens (no padding) of Gen and Ctx rows; logging, saving, evaluation not timed
+        peak_memory_MB             most memory so far: allocated on the GPU, or resident on the CPU
+
+    Args:
+        model: moved to the device of `args`. Its weights should be float32; `args.bf16` and the like are autocast.
+        args: `CoSupConfig` or plain TrainingArguments.
+        train_dataset, eval_dataset: instances. passages: all that they name, by id.
+
+    Raises ValueError for no instances, several processes, and label smoothing.
+    """
+
+    model: GenCtxModel
+
+    def __init__(
+        self,
+        model: GenCtxModel,
+        args: TrainingArguments,
+        *,
+        train_dataset: Sequence[Instance],
+        passages: Mapping[str, Passage],
+        eval_dataset: Sequence[Instance] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ) -> None:
+        if not len(train_dataset):
+            raise ValueError("train_dataset: wanted at least one instance, got none")
+        if args.world_size > 1:
+            raise ValueError(f"args: wanted one process, got {args.world_size}")
+        if args.label_smoothing_factor:
+            raise ValueError(f"args: wanted label_smoothing_factor 0, got {args.label_smoothing_factor}")
+        args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: it would cut a batch whose query_index is flat
+        args.remove_unused_columns = False
+        self.collator = model.collator(passages)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self.collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._reset_interval()
+        self.model_accepts_loss_kwargs = True  # compute_loss normalises by the whole accumulated batch
+        if args.gradient_accumulation_steps > 1 and model.config.mode != "ntp":
+            warnings.warn(
+                f"negatives do not accumulate: with {args.gradient_accumulation_steps} accumulation steps each query "
+                f"still sees the candidates of its own {args.per_device_train_batch_size} instances only",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def from_config(cls, config: CoSupConfig) -> "CoSupTrainer":
+        """Read the data, load the models, make the trainer. Raises ValueError naming what is missing or wrong."""
+        for name in ("gen", "instances", "passages"):
+            if getattr(config, name) is None:
+                raise ValueError(f"{name}: wanted a path, got None")
+        assert config.gen and config.instances and config.passages
+        passages = read_passages(config.passages, config.on_bad_line)
+        train = read_instances(config.instances, passages, config.on_bad_line)
+        held_out = config.eval_instances and read_instances(config.eval_instances, passages, config.on_bad_line)
+        model = GenCtxModel.from_pretrained(
+            config.gen,
+            config.ctx,
+            config=config.model_config(),
+            attn_implementation=config.attn_implementation,
+            num_layers=config.num_layers,
+        )
+        return cls(model, config, train_dataset=train, passages=passages, eval_dataset=held_out or None)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train. resume_from_checkpoint: a checkpoint folder, or True or "last" for the last whole one of output_dir.
+
+        The model is left in eval mode. Its rows that were cut to max_length are counted in one warning.
+        A resumed run goes on exactly: on the CPU its losses are those of a run that was never stopped, bit for bit.
+        Raises ValueError where there is no whole checkpoint (a run killed while saving leaves a part of one).
+        """
+        if resume_from_checkpoint in (True, "last"):
+            resume_from_checkpoint = _last_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and not _is_whole(Path(str(resume_from_checkpoint))):
+            raise ValueError(f"resume_from_checkpoint: wanted a whole checkpoint, got {str(resume_from_checkpoint)!r}")
+        self._reset_interval()
+        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off model.forward again
+        self.model.eval()  # what comes next is to embed and generate
+        lost = {name: n for name, n in self.collator.report().items() if n and name != "instances"}
+        if lost:
+            warnings.warn(f"cut to max_length {self.model.config.max_length}: {lost}", stacklevel=2)
+        return result
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of one step, and their NTP targets and queries: int64 [2]."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        for batch in batches:
+            counts[0] += (batch["labels"][:, 1:] != -100).sum()
+            counts[1] += len(batch["query_index"])
+        self._steps += 1
+        return batches, counts
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor | tuple[Tensor, CoSupervisionOutput]:
+        inputs = self._needed(inputs)
+        output = self._losses(model, inputs, num_items_in_batch)
+        if model.training:
+            tokens = inputs["attention_mask"].sum() + inputs["passage_attention_mask"].sum()
+            hits, queries = _hits(output), output.nsp_count
+            self._add(self._sums, output.loss, output.ntp_loss, output.nsp_loss, hits, queries, tokens)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out losses: NTP per target token, NSP per query, over the whole set (negatives are of the batch)."""
+        dataloader = self.get_eval_dataloader(eval_dataset)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        for inputs in dataloader:
+            with torch.no_grad():
+                output = self._losses(self.model, self._needed(self._prepare_inputs(inputs)))
+            targets, queries = output.ntp_count, output.nsp_count
+            self._add(sums, output.ntp_loss * targets, targets, output.nsp_loss * queries, queries, _hits(output))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        ntp_sum, targets, nsp_sum, queries, hits = sums.tolist()
+        ntp_loss, nsp_loss = ntp_sum / max(targets, 1), nsp_sum / max(queries, 1)
+        config = self.model.config
+        metrics = {"loss": (config.mode != "nsp") * ntp_loss + (config.mode != "ntp") * config.nsp_weight * nsp_loss}
+        metrics |= _parts(config.mode, (ntp_loss, nsp_loss), hits, queries)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._steps:
+            sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
+            seconds = self._seconds + time.perf_counter() - self._mark
+            logs["loss"] = sums["loss"] / self._steps
+            losses = sums["ntp_loss"] / self._steps, sums["nsp_loss"] / self._steps
+            logs |= _parts(self.model.config.mode, losses, sums["hits"], sums["queries"])
+            logs["tokens_per_second"] = sums["tokens"] / seconds
+            logs["peak_memory_MB"] = _peak_memory_MB(self.args.device)
+            self._reset_interval()
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        # decay would pull the temperature towards 1
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
+
+    def _needed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.model.config.mode != "ntp":
+            return inputs
+        unused = ("query_index", "query_target", "passage_input_ids", "passage_attention_mask", "candidate_ids")
+        return {**inputs, **{name: inputs[name][:0] for name in unused}}  # Ctx has no part in it
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Tensor], counts: Tensor | None = None) -> CoSupervisionOutput:
+        config = self.model.config
+        targets, queries = (None, None) if counts is None else counts.clamp(min=1).unbind()
+        weight, bias = self.model.lm_head
+        with self.accelerator.autocast():
+            output = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                query_index=inputs["query_index"],
+                passage_input_ids=inputs["passage_input_ids"],
+                passage_attention_mask=inputs["passage_attention_mask"],
+            )
+            return co_supervision_loss(
+                output.hidden,
+                weight,
+                inputs["labels"],
+                output.query,
+                output.passages,
+                inputs["query_target"],
+                linear_bias=bias,
+                candidate_ids=inputs["candidate_ids"] if config.unique_passages else None,
+                nsp_weight=config.nsp_weight,
+                mode=config.mode,
+                temperature=self.model.temperature,
+                normalize=config.normalize,
+                logit_scale=self.model.logit_scale,
+                logit_softcap=self.model.logit_softcap,
+                ntp_normalizer=targets,
+                nsp_normalizer=queries,
+            )
+
+    def _add(self, sums: Tensor, *parts: Tensor | int) -> None:
+        sums += torch.stack([torch.as_tensor(part, dtype=sums.dtype, device=sums.device).detach() for part in parts])
+
+    def _reset_interval(self) -> None:
+        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.args.device)
+        self._steps, self._seconds, self._mark = 0, 0.0, time.perf_counter()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self._seconds, self._mark = self._seconds + now - self._mark, now
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._mark = time.perf_counter()  # what was just done is not training time
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        self.model.save_pretrained(output_dir or str(self.args.output_dir))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        (folder / _STATE).unlink(missing_ok=True)  # of an earlier run; it is written last, and makes a checkpoint whole
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        kept = GenCtxModel.from_pretrained(resume_from_checkpoint, config=self.model.config, dtype=self.model.gen.dtype)
+        self.model.load_state_dict(kept.state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        interval = {"sums": self._sums.tolist(), "steps": self._steps, "seconds": self._seconds}
+        Path(output_dir, _INTERVAL).write_text(json.dumps(interval), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = Path(checkpoint, _INTERVAL)
+            if not path.is_file():
+                raise ValueError(f"resume_from_checkpoint: wanted optimizer state in {checkpoint}, got weights only")
+            interval = json.loads(path.read_text(encoding="utf-8"))
+            self._sums = torch.tensor(interval["sums"], dtype=torch.float64, device=self.args.device)
+            self._steps, self._seconds, self._mark = interval["steps"], interval["seconds"], time.perf_counter()
+
+
+def _parts(mode: str, losses: tuple[float, float], hits: float, queries: float) -> dict[str, float]:
+    """What is logged beside the loss: only what the mode computes."""
+    parts = {"ntp_loss": losses[0]} if mode != "nsp" else {}
+    if mode != "ntp":
+        parts |= {"nsp_loss": losses[1], "retrieval_accuracy": hits / max(queries, 1)}
+    return parts
+
+
+def _hits(output: CoSupervisionOutput) -> Tensor | int:
+    """Queries whose passage came first."""
+    return 0 if output.nsp_stats is None else output.nsp_stats.top1.sum()
+
+
+def _peak_memory_MB(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _last_checkpoint(output_dir: str | None) -> str:
+    folders = Path(output_dir or ".").glob("checkpoint-*")
+    whole = [folder for folder in folders if folder.name[11:].isdigit() and _is_whole(folder)]
+    if not whole:
+        raise ValueError(f"resume_from_checkpoint: wanted a whole checkpoint in {output_dir}, found none")
+    return str(max(whole, key=lambda folder: int(folder.name[11:])))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The trainer's state is the last that is written."""
+    try:
+        json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,111 @@
+"""Plant each bug in the sources, run the test that must catch it, restore; exit 1 if a bug survives.
+
+    python tests/planted_bugs.py [word in the bug's name]
+
+Changes files in place and puts them back: run it on a clean checkout.
+"""
+
+# ruff: noqa: E501  a bug in one line reads better
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Bug(NamedTuple):
+    name: str
+    file: str
+    good: str
+    bad: str
+    test: str
+    build: bool = False  # the native library must be rebuilt
+
+
+LOSSES, OPS, TILES = "tests/test_losses.py", "tests/test_ops.py", "tests/test_tiles.py"
+NATIVE, STATS, GRAD = "kernels/cpu/tile_kernels.cpp", "kernels/tile_stats.py", "kernels/tile_grad.py"
+BUGS = [
+    Bug("loss: log-sum-exp rounds first", "kernels/reference.py", "self.sum.log() + (self.max - self.target)",
+        "(self.sum.log() + self.max).bfloat16().to(self.max.dtype) - self.target", LOSSES + " -k cross_entropy_error"),
+    Bug("dX: of the last slab only", "cosup/walk.py", "_add(dx[r], coef, w_s, first=s.start == 0)",
+        "_add(dx[r], coef, w_s, first=True)", LOSSES + " -k info_nce_error"),
+    Bug("dW: of the last row block only", "cosup/walk.py", "coef.mT, x_r, first=r.start == 0)",
+        "coef.mT, x_r, first=True)", LOSSES + " -k cross_entropy_error"),
+    Bug("dW: 16-bit sums", "cosup/walk.py", "or grad.element_size() >= 4:", "or True:", LOSSES + " -k many_blocks"),
+    Bug("dbias: scaled twice", "cosup/walk.py", "dbias /= p.scale", "pass", LOSSES + " -k scale_softcap"),
+    Bug("dtemperature: sign", "cosup/ops.py", "expected - target_logit)", "target_logit - expected)",
+        LOSSES + " -k info_nce_error"),
+    Bug("gradcheck: softcap chain", "kernels/reference.py", "1 - (z_RS / softcap) ** 2", "1 - (z_RS / softcap)",
+        OPS + " -k gradcheck"),
+    Bug("gradcheck: upstream gradient dropped", "cosup/ops.py", "return grad.mul_(factor)", "return grad",
+        LOSSES + " -k cross_entropy_error"),
+    Bug("opcheck: fake of another dtype", "cosup/ops.py", "above = torch.empty_like(target, dtype=torch.int32)",
+        "above = torch.empty_like(target)", OPS + " -k opcheck"),
+    Bug("opcheck: operator mutates its input", "cosup/ops.py", "    blocks = _plan(p, backend, workspace_bytes, grads=False",
+        "    x.add_(1)\n    blocks = _plan(p, backend, workspace_bytes, grads=False", OPS + " -k opcheck"),
+    Bug("compile: two graphs", "cosup/losses.py", "    weight = weight.masked_fill(~valid, 0.0)\n",
+        "    weight = weight.masked_fill(~valid, 0.0)\n    torch._dynamo.graph_break()\n", OPS + " -k fullgraph"),
+    Bug("memory: a second tile", "cosup/walk.py", "    tile_buffer, half_buffer = _buffers(p, plan)\n",
+        "    tile_buffer, half_buffer = _buffers(p, plan)\n    second = tile_buffer.clone()\n", OPS + " -k peak"),
+    Bug("ids: the positive masks itself", "kernels/reference.py", "== row_id_R[:, None]) & ~hit_RS",
+        "== row_id_R[:, None])", LOSSES + " -k info_nce_error"),
+    Bug("stats: rank counts ties", NATIVE, "chunk_above += z[j] > threshold", "chunk_above += z[j] >= threshold",
+        TILES + " -k equal_logits", True),
+    Bug("ignored rows: poison the table's gradient", "cosup/walk.py", "if p.rows is not None:\n        return p.x[p.rows[r]]",
+        "if False:\n        return p.x[p.rows[r]]", LOSSES + " -k ignored_rows"),
+    Bug("second backward: in place though the graph is kept", "cosup/ops.py",
+        "if traced or torch._C._autograd._get_current_graph_task_keep_graph():", "if traced:", LOSSES + " -k second_backward"),
+    Bug("labels: out of range accepted", "cosup/ops.py", "(target >= m))", "(target > m))", LOSSES + " -k out_of_range"),
+    Bug("native: softcap's derivative", NATIVE, "(CAP ? 1.f - t * t : 1.f);", "1.f;", TILES + " -k grad_matches", True),
+    Bug("native: tail of a row", NATIVE, "std::min(CHUNK, S - first)", "std::min(CHUNK, (S - first + 1) / 2 * 2)",
+        TILES + " -k stats_match", True),
+    Bug("native: NaN swallowed", NATIVE, "return x < -87.3f ? 0.f :", "return !(x > -87.3f) ? 0.f :", TILES + " -k nan", True),
+    Bug("triton: tile of -inf", STATS, 'tl.where(new == float("-inf"), 0.0, new)', "new", TILES + " -k masked_tile"),
+    Bug("triton: column offset", GRAD, "col0 + s == target", "s == target", TILES + " -k grad_matches"),
+    Bug("triton: spills", STATS, "BLOCK_S = 2048", "BLOCK_S = 65536", "tests/test_triton_compile.py -k cuda:80"),
+    Bug("plan: over the budget", "cosup/plan.py", "total = rows * (padded(cols)", "total = rows // 2 * (padded(cols)",
+        OPS + " -k peak"),
+    Bug("layout: an import against the flow", "cosup/plan.py", "from enum import Enum\n",
+        "from enum import Enum\n\nimport cosup.losses\n", "tests/test_layout.py"),
+    Bug("cache: passage taken in twice", "cosup/generate.py", "position_ids=cached + new", "position_ids=cached + new.clamp(max=1)",
+        "tests/test_generate.py"),
+    Bug("resume: random state not restored", "cosup/train.py", "        super()._load_optimizer_and_scheduler(checkpoint)\n",
+        "        super()._load_optimizer_and_scheduler(checkpoint)\n        torch.manual_seed(1)\n        self._load_rng_state = lambda _: None\n",
+        "tests/test_train.py"),
+]  # fmt: skip
+
+
+def main() -> int:
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    survivors = []
+    for bug in (bug for bug in BUGS if word in bug.name):
+        path = ROOT / bug.file
+        source = path.read_text()
+        if bug.good not in source:
+            raise SystemExit(f"{bug.name}: {bug.file} no longer has the text to change")
+        try:
+            path.write_text(source.replace(bug.good, bug.bad))
+            built = _build() if bug.build else True
+            test, _, expression = bug.test.partition(" -k ")
+            command = ["pytest", "-q", "-x", test, *(["-k", expression] if expression else [])]
+            caught = built and subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1
+        finally:
+            path.write_text(source)
+        print("caught  " if caught else "SURVIVED", bug.name, flush=True)
+        survivors += [] if caught else [bug.name]
+    if any(bug.build and word in bug.name for bug in BUGS):
+        _build()
+    return 1 if survivors else 0
+
+
+def _build() -> bool:
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

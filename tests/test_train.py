@@ -1,0 +1,455 @@
+"""CoSupTrainer: the loss it trains, what it logs, and that a stopped run goes on exactly."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_model import family, pair, run, shared
+from torch.nn import functional as F
+from train_worker import make_trainer
+from transformers import TrainerCallback, TrainingArguments
+
+from cosup.data.schema import write_jsonl
+from cosup.model import GenCtxConfig, GenCtxModel
+from cosup.train import CoSupConfig, CoSupTrainer
+from tiny import tiny_encoder, tiny_folder, tiny_gen, tiny_instances, tiny_passages
+
+N = 8
+PASSAGES = tiny_passages(N)
+INSTANCES = tiny_instances(N)
+# every passage is a candidate of every micro-batch, so the NSP loss too is that of one large batch
+COMPLETE = [replace(instance, hard_negatives=tuple(PASSAGES)) for instance in INSTANCES if instance.references]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums are split by threads: bits depend on their number
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def trainer_of(tmp_path):
+    def make(model: GenCtxModel, instances=INSTANCES, **options) -> CoSupTrainer:
+        extra = {name: options.pop(name) for name in ("eval_dataset", "callbacks") if name in options}
+        settings = dict(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1)
+        args = CoSupConfig(**settings | options)
+        return CoSupTrainer(model, args, train_dataset=instances, passages=PASSAGES, **extra)
+
+    return make
+
+
+def without_dropout(model: GenCtxModel) -> GenCtxModel:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def losses(trainer: CoSupTrainer) -> dict[int, dict[str, float]]:
+    """What was logged of each step, without times and memory."""
+    names = ("loss", "ntp_loss", "nsp_loss", "retrieval_accuracy", "grad_norm", "learning_rate")
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return {log["step"]: {name: log[name] for name in names if name in log} for log in logs}
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "cohere", "granite", "phi"])
+def test_ntp_is_gens_own_loss(name, trainer_of):
+    trainer = trainer_of(shared(family(name), mode="ntp"))
+    batch = trainer.collator(INSTANCES)
+    ours = trainer.compute_loss(trainer.model, batch)
+    with torch.no_grad():
+        gen = trainer.model.gen
+        wanted = gen(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}, return_dict=True).loss
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:negatives do not accumulate")
+@pytest.mark.parametrize("instances", [INSTANCES, INSTANCES[:6], COMPLETE])
+def test_accumulated_micro_batches_take_the_step_of_one_large_batch(instances, trainer_of):
+    """Micro-batches of unequal numbers of targets; of 6 instances the last step has fewer micro-batches.
+
+    NTP only: negatives do not accumulate. The last case trains jointly, with the same candidates in every micro-batch.
+    """
+    moved = []
+    for size, accumulated in ((len(instances), 1), (2, 4)):
+        model = without_dropout(pair(mode="joint" if instances is COMPLETE else "ntp"))
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        options = dict(optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant", max_steps=1)
+        trainer = trainer_of(
+            model, instances, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated, **options
+        )
+        trainer.train()
+        moved.append((torch.cat([p.detach().flatten() for p in model.parameters()]) - before, losses(trainer)[1]))
+    (large, large_log), (small, small_log) = moved
+    assert large.norm() > 0.1
+    assert (small - large).norm() < 1e-5 * large.norm()
+    assert small_log["ntp_loss"] == pytest.approx(large_log["ntp_loss"], rel=1e-5)
+    assert small_log["loss"] == pytest.approx(large_log["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["joint", "ntp", "nsp"])
+def test_a_mode_trains_and_logs_its_own_part_only(mode, trainer_of):
+    model = pair(mode=mode)
+    if mode == "ntp":
+        model.ctx.register_forward_pre_hook(lambda *_: pytest.fail("Ctx was run"))
+    trainer = trainer_of(model, max_steps=1, per_device_train_batch_size=N)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"joint": {"gen", "ctx", "projection"}, "ntp": {"gen"}, "nsp": {"gen", "ctx", "projection"}}[mode]
+    assert torch.equal(model.lm_head[0], before["gen.lm_head.weight"]) == (mode == "nsp")
+    logged = {name for log in losses(trainer).values() for name in log} - {"grad_norm", "learning_rate"}
+    parts = {"ntp": {"ntp_loss"}, "nsp": {"nsp_loss", "retrieval_accuracy"}}
+    assert logged == {"loss"} | (parts["ntp"] | parts["nsp"] if mode == "joint" else parts[mode])
+
+
+@pytest.mark.parametrize("unique", [True, False])
+def test_paper_mode_lets_a_passage_be_its_own_negative(unique, trainer_of):
+    """One passage asked for twice, and there twice, as a collator of paper mode or a gathered batch has it."""
+    twice = [INSTANCES[0], INSTANCES[0]]
+    batch = pair(unique_passages=False).collator(PASSAGES)(twice)
+    trainer = trainer_of(pair(mode="nsp", unique_passages=unique, normalize=False).eval(), twice)
+    assert len(trainer.collator(twice)["candidate_ids"]) == (1 if unique else 2) and len(batch["candidate_ids"]) == 2
+    loss = trainer.compute_loss(trainer.model, batch).item()
+    assert loss == pytest.approx(0.0 if unique else torch.tensor(2.0).log().item(), abs=1e-5)
+
+
+def test_a_learned_temperature_learns_and_does_not_decay(trainer_of):
+    trainer = trainer_of(pair(learn_temperature=True), max_steps=2, weight_decay=0.1, learning_rate=1e-2)
+    trainer.train()
+    assert trainer.model.log_temperature.exp().item() != pytest.approx(0.05, rel=1e-3)
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    assert "log_temperature" not in decayed and "gen.lm_head.weight" in decayed
+
+
+def test_mixed_precision_keeps_float32_weights_and_a_plain_forward(trainer_of):
+    options = dict(max_steps=1, per_device_train_batch_size=N)
+    full, mixed = (trainer_of(without_dropout(pair()), bf16=bf16, **options) for bf16 in (False, True))
+    seen = []
+    mixed.model.gen.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    full.train()
+    mixed.train()
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in mixed.model.parameters()} == {torch.float32}
+    one, other = losses(full)[1]["loss"], losses(mixed)[1]["loss"]
+    assert one != other and other == pytest.approx(one, rel=0.02)
+    run(mixed.model, mixed.collator(INSTANCES))
+    assert seen[-1] is torch.float32  # autocast was the trainer's
+    assert not mixed.model.training  # dropout too
+
+
+def test_activation_checkpointing_takes_the_same_step(trainer_of):
+    options = dict(max_steps=1, per_device_train_batch_size=N)
+    plain, recomputed = (trainer_of(without_dropout(pair()), activation_checkpointing=on, **options) for on in (0, 1))
+    calls = []
+    recomputed.model.ctx.encoder.layer[0].output.dense.register_forward_hook(lambda *_: calls.append(1))
+    plain.train()
+    recomputed.train()
+    assert len(calls) == 2  # forward, and again in backward
+    assert losses(recomputed)[1]["grad_norm"] == pytest.approx(losses(plain)[1]["grad_norm"], rel=1e-5)
+
+
+# ---- what is logged
+
+
+@pytest.mark.filterwarnings("ignore:negatives do not accumulate")
+@pytest.mark.parametrize("normalize, temperature", [(True, 0.05), (False, 2.0)])
+def test_logged_losses_are_the_means_of_plain_pytorch(normalize, temperature, trainer_of):
+    """Weights stand still, each step sees all data: what is logged is the loss of the whole, however it was cut up."""
+    model = without_dropout(pair(nsp_weight=0.5, normalize=normalize, temperature=temperature))
+    trainer = trainer_of(
+        model, COMPLETE, learning_rate=0.0, max_steps=4, logging_steps=2, per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+    )  # fmt: skip
+    trainer.train()
+    batch = trainer.collator(COMPLETE)
+    with torch.no_grad():
+        output = run(model.eval(), batch)
+        logits = output.hidden[:, :-1] @ model.lm_head[0].T
+        ntp = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        query, passages = (F.normalize(x, dim=1) if normalize else x for x in output[1:])
+        scores = query @ passages.T / temperature
+        nsp = F.cross_entropy(scores, batch["query_target"])
+        accuracy = (scores.argmax(dim=1) == batch["query_target"]).float().mean()
+    assert list(losses(trainer)) == [2, 4]
+    for log in losses(trainer).values():
+        assert log["ntp_loss"] == pytest.approx(ntp.item(), rel=1e-5)
+        assert log["nsp_loss"] == pytest.approx(nsp.item(), rel=1e-5)
+        assert log["loss"] == pytest.approx((ntp + 0.5 * nsp).item(), rel=1e-5)
+        assert log["retrieval_accuracy"] == pytest.approx(accuracy.item())
+
+
+def test_a_log_covers_the_steps_since_the_last(tmp_path):
+    each, third = (make_trainer(tmp_path, max_steps=6, logging_steps=n, save_strategy="no") for n in (1, 3))
+    for trainer in (each, third):
+        torch.manual_seed(0)  # of dropout
+        trainer.train()
+    one, mean = losses(each), losses(third)
+    assert list(mean) == [3, 6]
+    for name in ("loss", "ntp_loss", "nsp_loss"):
+        for last in (3, 6):
+            wanted = sum(one[step][name] for step in range(last - 2, last + 1)) / 3
+            assert mean[last][name] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_speed_counts_real_tokens_and_training_time_only(trainer_of, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("cosup.train.time.perf_counter", lambda: now[0])
+    every = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, eval_dataset=INSTANCES)
+    trainer = trainer_of(pair(), max_steps=4, logging_steps=2, per_device_train_batch_size=N, **every)
+
+    def slow(function, seconds):
+        def wrapped(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(trainer, "training_step", slow(trainer.training_step, 2.0))
+    monkeypatch.setattr(trainer.model, "save_pretrained", slow(trainer.model.save_pretrained, 100.0))
+    monkeypatch.setattr(trainer, "get_eval_dataloader", slow(trainer.get_eval_dataloader, 50.0))
+    trainer.train()
+    batch = trainer.collator(INSTANCES)
+    tokens = (batch["attention_mask"].sum() + batch["passage_attention_mask"].sum()).item()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["tokens_per_second"] for log in logs] == [tokens / 2.0] * 2
+    assert all(100 < log["peak_memory_MB"] < 1e5 for log in logs)
+
+
+@pytest.mark.parametrize("size", [1, 3, N])
+def test_held_out_ntp_loss_does_not_depend_on_the_batches(size, trainer_of):
+    trainer = trainer_of(pair(), per_device_eval_batch_size=size, eval_dataset=COMPLETE)
+    metrics = trainer.evaluate()
+    whole = trainer.collator(COMPLETE)
+    with torch.no_grad():
+        output = trainer._losses(trainer.model.eval(), whole)
+    assert metrics["eval_ntp_loss"] == pytest.approx(output.ntp_loss.item(), rel=1e-5)
+    assert metrics["eval_nsp_loss"] == pytest.approx(output.nsp_loss.item(), rel=1e-5)  # all are candidates of all
+    assert metrics["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+
+
+def test_what_is_told_once(trainer_of, recwarn):
+    model = pair(max_length=20)
+    trainer = trainer_of(model, gradient_accumulation_steps=2, per_device_train_batch_size=2, max_steps=1)
+    trainer.train()
+    told = [
+        str(warning.message) for warning in recwarn if "cosup" in str(warning.filename) or __file__ == warning.filename
+    ]
+    assert sum("negatives do not accumulate: with 2 accumulation steps" in message for message in told) == 1
+    assert sum("cut to max_length 20: {'truncated': " in message for message in told) == 1
+
+
+# ---- checkpoints
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    """SIGKILL amid an accumulated step of the second epoch; with dropout, shuffling, AdamW, a learned temperature."""
+    worker = [sys.executable, str(Path(__file__).with_name("train_worker.py")), str(tmp_path / "killed"), "10"]
+    process = subprocess.Popen(worker, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        whole = make_trainer(tmp_path / "whole", save_strategy="no")
+        whole.train()
+        lines = iter(process.stdout.readline, "")
+        assert any("hanging" in line for line in lines), process.stderr.read()
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+    resumed = make_trainer(tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=True)
+    wanted, got = losses(whole), losses(resumed)
+    assert list(got) == list(range(1, 25)) and len({log["loss"] for log in got.values()}) > 20
+    assert {step: got[step] for step in range(1, 9)} == {
+        step: wanted[step] for step in range(1, 9)
+    }  # the killed process
+    for step in range(9, 25):
+        assert got[step] == wanted[step], step
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_log_interval_survives_a_stop(tmp_path):
+    """Logged every 3 steps, saved every 4: the first log after the stop covers two steps from before it."""
+    options = dict(logging_steps=3, max_steps=9)
+    whole = make_trainer(tmp_path, **options)
+    whole.train()
+    resumed = make_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert list(losses(whole)) == [3, 6, 9]
+    assert losses(resumed) == losses(whole)
+
+
+def test_half_a_checkpoint_is_passed_over(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=8)
+    with pytest.raises(ValueError, match="resume_from_checkpoint: wanted a whole checkpoint in .* found none"):
+        trainer.train(resume_from_checkpoint=True)
+
+    class Died(Exception):
+        pass
+
+    class Die(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 8:
+                dying.save_pretrained = die
+
+    def die(*_):
+        raise Died
+
+    trainer = make_trainer(tmp_path, [Die()], max_steps=8)
+    dying = trainer.model.ctx  # gen is written already when it dies
+    with pytest.raises(Died):
+        trainer.train()
+    half = tmp_path / "checkpoint-8"
+    assert half.exists()
+    with pytest.raises(ValueError, match="resume_from_checkpoint: wanted a whole checkpoint, got '.*checkpoint-8'"):
+        make_trainer(tmp_path, max_steps=8).train(resume_from_checkpoint=str(half))
+    resumed = make_trainer(tmp_path, max_steps=8)
+    resumed.train(resume_from_checkpoint="last")
+    assert list(losses(resumed)) == list(range(1, 9))
+    assert (half / "trainer_state.json").exists()
+
+
+def test_saving_over_a_whole_checkpoint_unmakes_it_first(tmp_path, monkeypatch):
+    make_trainer(tmp_path, max_steps=4).train()
+    trainer = make_trainer(tmp_path, max_steps=4)
+    monkeypatch.setattr(trainer.model, "save_pretrained", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        trainer.train()
+    with pytest.raises(ValueError, match="found none"):
+        make_trainer(tmp_path, max_steps=8).train(resume_from_checkpoint=True)
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path):
+    make_trainer(tmp_path, max_steps=4, save_only_model=True).train()
+    with pytest.raises(ValueError, match="wanted optimizer state in .*checkpoint-4, got weights only"):
+        make_trainer(tmp_path, max_steps=8).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_is_a_saved_pair_and_ties_survive_a_resume(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4)
+    trainer.train()
+    saved = GenCtxModel.from_pretrained(tmp_path / "checkpoint-4")
+    for (name, a), b in zip(trainer.model.state_dict().items(), saved.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    resumed = make_trainer(tmp_path, max_steps=5)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.model.lm_head[0] is resumed.model.gen.get_input_embeddings().weight  # GPT-2 ties
+
+
+def test_the_best_checkpoint_comes_back(trainer_of):
+    class Worse(TrainerCallback):  # each evaluation is worse than the one before
+        def on_evaluate(self, args, state, control, metrics, **_):
+            metrics["eval_loss"] = float(state.global_step)
+
+    every = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, eval_dataset=INSTANCES)
+    trainer = trainer_of(pair(), max_steps=3, load_best_model_at_end=True, callbacks=[Worse()], **every)
+    trainer.train()
+    best = GenCtxModel.from_pretrained(Path(trainer.args.output_dir) / "checkpoint-1")
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert torch.equal(best.lm_head[0], trainer.model.lm_head[0])
+
+
+# ---- the config
+
+
+def test_python_yaml_and_command_line_say_the_same(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "learning_rate: 1e-4\nnsp_weight: 2\nnormalize: false\nmode: nsp\nuse_cpu: true\n"
+    )  # 1e-4: a string
+    line = "--learning_rate 1e-4 --nsp_weight 2 --normalize false --mode nsp --use_cpu".split()
+    options = dict(learning_rate=1e-4, nsp_weight=2.0, normalize=False, mode="nsp", use_cpu=True)
+    made = [CoSupConfig(**options), CoSupConfig.parse(line), CoSupConfig.parse(yaml_file=file)]
+    assert made[0].to_dict() == made[1].to_dict() == made[2].to_dict()
+    assert made[0].model_config() == GenCtxConfig(nsp_weight=2.0, normalize=False, mode="nsp")
+    assert CoSupConfig.parse(["--nsp_weight", "3"], yaml_file=file).nsp_weight == 3.0
+
+
+def test_a_preset_gives_what_is_not_given_and_a_saved_pair_keeps_its_own(tmp_path):
+    assert CoSupConfig(preset="paper", nsp_weight=0.1).model_config() == replace(GenCtxConfig.paper(), nsp_weight=0.1)
+    assert CoSupConfig().model_config() == GenCtxConfig()
+    pair(pooling="last", temperature=0.2).save_pretrained(tmp_path)
+    kept = CoSupConfig(gen=str(tmp_path), mode="ntp").model_config()
+    assert kept == GenCtxConfig(pooling="last", temperature=0.2, mode="ntp")
+    assert CoSupConfig(gen=str(tmp_path), preset="default").model_config() == GenCtxConfig()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lerning_rate: 1", "run.yaml: wanted names of CoSupConfig, got lerning_rate"),
+        ("- 1", "run.yaml: wanted a mapping of names to values, got list"),
+        ("learning_rate: fast", "run.yaml: argument --learning_rate.*invalid float value: 'fast'"),
+        ("pooling: max", "pooling: wanted one of mean, last, token, got 'max'"),
+        ("preset: mine", "preset: wanted default or paper, got 'mine'"),
+    ],
+)
+def test_a_wrong_yaml_file_is_told(text, message, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        CoSupConfig.parse(yaml_file=file)
+
+
+def test_a_wrong_argument_is_told():
+    with pytest.raises(ValueError, match="--lerning_rate"):
+        CoSupConfig.parse(["--lerning_rate", "1"])
+    with pytest.raises(ValueError, match="--max_steps.*invalid int value: 'x'"):
+        CoSupConfig.parse(["--max_steps", "x"])
+
+
+def test_from_files_to_a_trained_pair(tmp_path):
+    write_jsonl(tmp_path / "passages.jsonl", PASSAGES.values())
+    write_jsonl(tmp_path / "instances.jsonl", INSTANCES)
+    gen, ctx = tiny_folder(tmp_path / "gen", tiny_gen()), tiny_folder(tmp_path / "ctx", tiny_encoder())
+    config = CoSupConfig(
+        gen=str(gen),
+        ctx=str(ctx),
+        instances=str(tmp_path / "instances.jsonl"),
+        eval_instances=str(tmp_path / "instances.jsonl"),
+        passages=str(tmp_path / "passages.jsonl"),
+        output_dir=str(tmp_path / "run"),
+        num_layers=1,
+        max_steps=2,
+        pooling="last",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = CoSupTrainer.from_config(config)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    trainer.save_model()
+    again = GenCtxModel.from_pretrained(tmp_path / "run")
+    assert again.config.pooling == "last" and again.gen.config.num_hidden_layers == 1
+    assert torch.equal(again.lm_head[0], trainer.model.lm_head[0])
+    for name in ("gen", "instances", "passages"):
+        with pytest.raises(ValueError, match=f"{name}: wanted a path, got None"):
+            CoSupTrainer.from_config(replace(config, **{name: None}))
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="train_dataset: wanted at least one instance"):
+        CoSupTrainer(pair(), args, train_dataset=[], passages=PASSAGES)
+    smooth = TrainingArguments(str(tmp_path), use_cpu=True, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor 0, got 0.1"):
+        CoSupTrainer(pair(), smooth, train_dataset=INSTANCES, passages=PASSAGES)
+
+
+def test_plain_training_arguments_work(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, disable_tqdm=True, save_strategy="no")
+    trainer = CoSupTrainer(pair(), args, train_dataset=INSTANCES, passages=PASSAGES)
+    trainer.train()
+    assert json.dumps(trainer.state.log_history)

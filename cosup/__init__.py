@@ -1,7 +1,42 @@
 """Train two language models together by next-token and next-sequence prediction, and never store the logits."""
 
+from typing import TYPE_CHECKING, Any
+
 from cosup import nn
 from cosup.losses import RowStats, co_supervision_loss, info_nce, linear_cross_entropy
 
+if TYPE_CHECKING:
+    from cosup.index import SequenceIndex
+    from cosup.model import GenCtxConfig, GenCtxModel
+    from cosup.train import CoSupConfig, CoSupTrainer
+
 __version__ = "0.1.0"
-__all__ = ["RowStats", "co_supervision_loss", "info_nce", "linear_cross_entropy", "nn"]
+__all__ = [
+    "CoSupConfig",
+    "CoSupTrainer",
+    "GenCtxConfig",
+    "GenCtxModel",
+    "RowStats",
+    "SequenceIndex",
+    "co_supervision_loss",
+    "info_nce",
+    "linear_cross_entropy",
+    "nn",
+]
+
+# What needs transformers or FAISS is imported when it is first asked for: the losses alone need neither.
+_LATER = {
+    "GenCtxConfig": "model",
+    "GenCtxModel": "model",
+    "CoSupConfig": "train",
+    "CoSupTrainer": "train",
+    "SequenceIndex": "index",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'cosup' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"cosup.{_LATER[name]}"), name)

@@ -160,7 +160,7 @@ def evaluate(
     held_out = read_instances(instances, corpus)
     loaded = _eval(GenCtxModel, model)
     built = SequenceIndex.from_model(loaded, corpus.values(), batch_size=batch_size)
-    report = evaluate(loaded, held_out, built, corpus, answers=answers)
+    report = evaluate(loaded, held_out, built, answers=answers)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     save_picture(report, out / "retrieval.png")

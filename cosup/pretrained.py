@@ -21,6 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from cosup.tokens import STARTS_FROM, encode
+
 
 def load(
     role: str,
@@ -56,10 +58,11 @@ def load(
 
 @torch.no_grad()
 def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: set[str]) -> None:
-    """Rows for the tokens outside `known` and those past the table: the mean row, told apart by a little noise.
+    """Rows for the tokens outside `known` and those past the table: a word's row, or the mean, and a little noise.
 
-    At the mean they take next to no probability from the others. The noise is seeded: a model gets the same rows
-    wherever it is loaded. A tied head stays tied.
+    A control token starts from the word of `tokens.STARTS_FROM`: a decoder's first layers make something of it, and the
+    state there tells prompts apart at once; that of the mean row hardly does, and a shallow decoder then learns to
+    retrieve far slower. The noise is seeded: a model gets the same rows wherever it is loaded. A tied head stays tied.
     """
     rows = len(_weight(model.get_input_embeddings()))
     new = sorted(id for token, id in tokenizer.get_vocab().items() if token not in known or id >= rows)
@@ -72,11 +75,14 @@ def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     weights = [_weight(table)]
     if head is not None and head.weight is not table.weight:
         weights.append(_weight(head))
+    name = {id: token for token, id in tokenizer.get_vocab().items()}
+    words = [[id for id in encode(tokenizer, STARTS_FROM.get(name.get(n, ""), "")) if id < rows] for n in new]
     generator = torch.Generator().manual_seed(0)
     for weight in weights:
         old = weight[:rows].float()
         noise = torch.randn(len(new), old.shape[1], generator=generator).to(old.device)
-        weight[new] = (old.mean(dim=0) + 0.1 * old.std(dim=0) * noise).to(weight.dtype)
+        starts = torch.stack([(old[word] if word else old).mean(dim=0) for word in words])
+        weight[new] = (starts + 0.1 * old.std(dim=0) * noise).to(weight.dtype)
     bias = getattr(head, "bias", None)
     if bias is not None:
         bias[new] = bias[:rows].mean()

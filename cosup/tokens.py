@@ -17,6 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 RETRIEVE, GROUND, END, EMBED, PAD = "[Ret]", "[Cs]", "[Ce]", "[Emb]", "<PAD>"
 
+# A word whose embedding each control token starts from: one that leads on to what follows it.
+STARTS_FROM = {RETRIEVE: " called", GROUND: " says", END: ".", EMBED: " is"}
+
 _PROMPT = "## Input:\n\n{input}\n\n## Output:\n\n"
 
 

@@ -109,7 +109,8 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path) -> None:
         ({"output": []}, "output: wanted text or a reference, got an empty list"),
         ({"output": 7}, "output: wanted a string or a list, got int"),
         ({"output": [7]}, "output: wanted strings and references, got int"),
-        ({"output": [{"passage": "p1"}]}, "grounded: wanted a string, got no such field"),
+        ({"output": [{"passage": "p1", "grounded": 1}]}, "grounded: wanted a string, got int"),
+        ({"output": [{"passage": "p1"}, "y"]}, "output: wanted nothing after a reference without grounded text"),
         ({"input": None}, "input: wanted a string, got NoneType"),
         ({"answers": "hat"}, "answers: wanted a list of strings, got str"),
         ({"passages": [1]}, "passages: wanted a list of strings, got list"),
@@ -159,6 +160,13 @@ def test_a_row_is_laid_out_and_labelled_as_specified(passage_in_ntp) -> None:
     assert batch["labels"].tolist() == [[i if target else IGNORE for i, target in expected]]
     assert batch["query_index"].tolist() == [t for t, (i, _) in enumerate(expected) if i == CONTROL.retrieve]
     assert batch["attention_mask"].all()
+
+
+def test_without_grounded_text_a_row_ends_at_its_query() -> None:
+    batch = collator()([Instance("q", "Which?", ("First ", Reference("p1")))])
+    row = [*prompt_ids(TOKENIZER, "Which?"), *ids("First "), CONTROL.retrieve]
+    assert batch["input_ids"].tolist() == [row] and batch["query_index"].tolist() == [len(row) - 1]
+    assert batch["labels"][0, -1] == CONTROL.retrieve and len(batch["candidate_ids"]) == 1
 
 
 @pytest.mark.parametrize("pad", ["<PAD>", "</s>"])

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from cosup.model import GenCtxConfig, GenCtxModel
-from cosup.tokens import control_ids
+from cosup.tokens import PAD, STARTS_FROM, control_ids, encode
 from tiny import tiny_encoder, tiny_folder, tiny_gen, tiny_instances, tiny_passages, tiny_tokenizer
 
 PASSAGES = tiny_passages(12)
@@ -186,7 +186,7 @@ def test_gradients_reach_both_models_and_the_projection():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_rows_lie_at_the_mean_told_apart_and_are_the_same_everywhere(tied):
+def test_new_rows_start_from_words_told_apart_and_are_the_same_everywhere(tied):
     before = torch.random.get_rng_state()
     gens = [tiny_gen(tied=tied) for _ in range(2)]
     for table in {gens[0].get_input_embeddings().weight, gens[0].lm_head.weight}:
@@ -197,7 +197,10 @@ def test_new_rows_lie_at_the_mean_told_apart_and_are_the_same_everywhere(tied):
     for table in (models[0].gen.get_input_embeddings().weight, models[0].lm_head[0]):
         old, new = table[:300], table[300:]
         assert len(new) == 5 and len(new.unique(dim=0)) == 5
-        assert ((new - old.mean(dim=0)).abs() < 0.5 * old.std(dim=0)).all()
+        for token, row in zip((*STARTS_FROM, PAD), new, strict=True):
+            word = encode(models[0].gen_tokenizer, STARTS_FROM.get(token, ""))
+            start = (old[word] if word else old).mean(dim=0)
+            assert ((row - start).abs() < 0.5 * old.std(dim=0)).all()
     assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
 
 

@@ -134,6 +134,8 @@ class GenCtxCollator:
             passage = self._passage(part.passage)
             queries.append((len(ids), passage.id))
             add([self._control.retrieve])
+            if part.grounded is None:
+                return _Row(ids, labels, queries)
             text = encode(self.gen_tokenizer, passage_text(passage.title, passage.text))[: self.max_passage_length]
             add([*text, self._control.ground], target=self.passage_in_ntp)
             add([*encode(self.gen_tokenizer, part.grounded), self._control.end])

@@ -9,7 +9,8 @@ instances.jsonl
      "output": ["Well: ", {"passage": "p1", "grounded": "A hat covers the head."}, " More text."],
      "passages": ["p1"], "hard_negatives": ["p7"], "answers": ["a head covering"]}
     output          text and references in reading order, or one plain string (no retrieval). Gen learns to ask for the
-                    passage of a reference, and to write its grounded text resting on it.
+                    passage of a reference, and to write its grounded text resting on it. Without "grounded" (or null)
+                    the output ends there: a question and its passage, nothing to write.
     passages        gold ids for evaluation; absent: those referenced, each once.
     hard_negatives  passages that look right and are not; absent: none.
     answers         strings that count as correct; absent: none.
@@ -41,10 +42,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Reference:
-    """A place in an output where a passage is fetched, and the text that rests on it."""
+    """A place in an output where a passage is fetched, and the text that rests on it; None: the output ends here."""
 
     passage: str
-    grounded: str
+    grounded: str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def _instance(record: dict[str, Any], passages: Mapping[str, Passage] | None) ->
         hard_negatives=_strings(record, "hard_negatives"),
         answers=_strings(record, "answers"),
     )
+    if any(isinstance(part, Reference) and part.grounded is None for part in instance.output[:-1]):
+        raise ValueError("output: wanted nothing after a reference without grounded text")
     if passages is not None:
         for name, ids in (
             ("output", referenced),
@@ -166,7 +169,8 @@ def _part(part: Any) -> str | Reference:
         return part
     if not isinstance(part, dict):
         raise ValueError(f"output: wanted strings and references, got {type(part).__name__}")
-    return Reference(_string(part, "passage"), _string(part, "grounded"))
+    grounded = None if part.get("grounded") is None else _string(part, "grounded")
+    return Reference(_string(part, "passage"), grounded)
 
 
 def _string(record: dict[str, Any], field: str, default: str | None = None) -> str:

@@ -17,8 +17,8 @@ lint: .venv/installed
 .venv/installed: setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "cosup needs Python 3.10 or later: make PYTHON=python3.x"'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,gguf,bench]"
+	$(BIN)/pip install --quiet pip==26.3
+	$(BIN)/pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable ".[dev,gguf]"
 	touch $@
 
 clean:

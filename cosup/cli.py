@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
 from rich.console import Console
+from rich.text import Text
 
 console = Console()
 app = typer.Typer(
@@ -33,8 +35,15 @@ def main() -> None:
     try:
         app()
     except (ValueError, IndexError, OSError, RuntimeError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        console.print(Text("error: ", "bold red"), Text(str(error)), sep="")
         sys.exit(1)
+
+
+@app.callback()
+def quiet() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading and writing weights; training keeps its own
 
 
 @app.command()
@@ -82,6 +91,8 @@ def train(
     arguments = CoSupConfig.parse(context.args, yaml_file=config)
     trainer = CoSupTrainer.from_config(arguments)
     trainer.train(resume_from_checkpoint=resume or None)
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
     trainer.save_model()
     console.print(f"saved {arguments.output_dir}", highlight=False)
 
@@ -112,11 +123,11 @@ def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Questions; none: one a line from standard input.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    max_retrievals: Annotated[int, typer.Option(min=0)] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens that Gen chooses, a question.", min=1)] = 128,
+    max_retrievals: Annotated[int, typer.Option(help="Passages fetched, a question.", min=0)] = 4,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the draws.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this share.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
@@ -138,7 +149,7 @@ def generate(
         if as_json:
             print(json.dumps({"input": question, "text": answer.text, "passages": fetched}))
         else:
-            console.print(f"[bold]{question}[/]", f"{answer.render()}\n", sep="\n", highlight=False)
+            console.print(Text(question, "bold"), Text(f"{answer.render()}\n"), sep="\n")
 
 
 @app.command("eval")
@@ -163,8 +174,9 @@ def evaluate(
     report = evaluate(loaded, held_out, built, answers=answers)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    save_picture(report, out / "retrieval.png")
     console.print(render(report))
+    if report["retrieval"]:
+        save_picture(report, out / "retrieval.png")
 
 
 @app.command()
@@ -183,4 +195,4 @@ def demo(
 
 def _eval(cls, folder: str):
     """A saved pair, or any model folder as a fresh pair, ready to embed and generate."""
-    return cls.from_pretrained(folder).eval()
+    return cls.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")

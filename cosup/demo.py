@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cosup.data import Instance, Passage, Reference, read_instances, read_passages
 from cosup.data import smollm2 as smollm2_data
@@ -29,7 +30,7 @@ from cosup.model import GenCtxConfig, GenCtxModel, Mode
 from cosup.train import CoSupConfig, CoSupTrainer
 
 LAYERS = 5  # of 30, in both: what a CPU trains in minutes; states of unequal depth start from nothing in common
-STEPS, BATCH, LEARNING_RATE, WARMUP = 32, 64, 5e-4, 2
+STEPS, BATCH, LEARNING_RATE, WARMUP = 24, 64, 5e-4, 2
 WRITING = 4  # one batch in so many has answers to write; the others end at the query, which costs a third
 HELD_OUT, ANSWERS = 400, 16
 MODEL = GenCtxConfig(max_length=128, max_passage_length=32)
@@ -95,7 +96,8 @@ def _mixed(instances: Sequence[Instance]) -> list[Instance]:
 
 def _fresh(weights: Path, mode: Mode) -> GenCtxModel:
     torch.manual_seed(0)
-    return GenCtxModel.from_pretrained(weights, config=replace(MODEL, mode=mode), num_layers=LAYERS)
+    model = GenCtxModel.from_pretrained(weights, config=replace(MODEL, mode=mode), num_layers=LAYERS)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _trainer(
@@ -142,7 +144,7 @@ def _show(report: Mapping[str, Any], test: Sequence[Instance], shown: Sequence[G
             ("what Gen wrote, the passage that it fetched in place", answer.render()),
             (f"«{passage.title}»", passage.text),
         ):
-            console.print(f"\n[bold]{title}[/]\n{text}", highlight=False)
+            console.print(Text(f"\n{title}\n", "bold"), Text(text), sep="")
     console.print(f"\n{len(asked)} of {len(shown)} questions asked for a passage, {len(hit)} fetched the right one. "
                   f"All took {report['seconds']:.0f} s; see {out}/", highlight=False)  # fmt: skip
 

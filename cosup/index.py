@@ -36,6 +36,11 @@ class _Encoder(Protocol):
     """What an index needs of a model."""
 
     config: Any  # pooling, normalize
+    training: bool
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
 
     def passage_batch(self, passages: Sequence[Passage]) -> dict[str, Tensor]: ...
 
@@ -137,15 +142,20 @@ class SequenceIndex:
         cls, model: _Encoder, passages: Iterable[Passage], *, factory: str = "Flat", batch_size: int = 64
     ) -> "SequenceIndex":
         """The index of a `GenCtxModel` over passages, embedded by length so that batches hold little padding."""
-        return cls.build(
-            sorted(passages, key=lambda passage: len(passage.text)),
-            lambda batch: model.embed_passages(**model.passage_batch(batch)),
-            fingerprint=model.fingerprint(),
-            pooling=model.config.pooling,
-            normalize=model.config.normalize,
-            factory=factory,
-            batch_size=batch_size,
-        )
+        training = model.training
+        model.eval()
+        try:
+            return cls.build(
+                sorted(passages, key=lambda passage: len(passage.text)),
+                lambda batch: model.embed_passages(**model.passage_batch(batch)),
+                fingerprint=model.fingerprint(),
+                pooling=model.config.pooling,
+                normalize=model.config.normalize,
+                factory=factory,
+                batch_size=batch_size,
+            )
+        finally:
+            model.train(training)
 
     def search(self, queries: Tensor, k: int = 1) -> tuple[Tensor, list[list[Passage]]]:
         """The k passages of the highest score, best first, for each query.
@@ -214,10 +224,10 @@ class SequenceIndex:
         shutil.rmtree(before, ignore_errors=True)
 
     @classmethod
-    def load(cls, folder: str | Path, fingerprint: str | None = None) -> "SequenceIndex":
+    def load(cls, folder: str | Path, fingerprint: str | None) -> "SequenceIndex":
         """Read a saved index; both files are checked against the manifest before they are opened.
 
-        fingerprint: of the model that will search (`GenCtxModel.fingerprint()`); None: not checked.
+        fingerprint: of the model that will search (`GenCtxModel.fingerprint()`); None: not checked, at your own risk.
 
         Raises ValueError for a missing, truncated or changed file, a manifest of another format, an index of another
         model, and parts that do not belong together. The manifest guards against damage, not against a forger.

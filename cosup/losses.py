@@ -28,8 +28,8 @@ class RowStats(NamedTuple):
     lse: Tensor  # log sum exp of the logits
     log_prob: Tensor  # log p[target] = -nll
     entropy: Tensor  # -sum p log p, nats
-    rank: Tensor  # int64, 1 + number of columns whose logit is above the target's
-    top1: Tensor  # bool, rank == 1
+    rank: Tensor  # int64, 1 + number of columns whose logit is above the target's; the last for a row of NaN
+    top1: Tensor  # bool, rank == 1 and no NaN
 
 
 class CoSupervisionOutput(NamedTuple):
@@ -254,7 +254,9 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
         loss = loss if reduction == "none" else loss.sum()
     nll, top, exp_sum, expected, above = (t.detach() for t in (nll, top, exp_sum, expected, above))
     lse = torch.where(valid, top + exp_sum.log(), 0.0)
-    return loss, RowStats(nll, lse, -nll, lse - expected, (above.long() + 1) * valid, (above == 0) & valid)
+    lost = nll.isnan()  # no logit is above a NaN: such a row is last, not first
+    place = torch.where(lost, len(w), above.long() + 1) * valid
+    return loss, RowStats(nll, lse, -nll, lse - expected, place, (place == 1) & ~lost)
 
 
 def _autocast(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -269,7 +271,7 @@ def _temperature(temperature: float | Tensor, device: torch.device) -> Tensor:
     if not isinstance(temperature, Tensor):
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
-        return torch.full((), temperature, dtype=torch.float64).to(device)
+        return torch.full((), temperature, dtype=torch.float64, device=device)
     if temperature.numel() != 1 or temperature.device != device:
         raise ValueError(
             f"temperature must be one number on {device}, got {[*temperature.shape]} on {temperature.device}"

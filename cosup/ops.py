@@ -109,6 +109,7 @@ def _stats_context(ctx, inputs, output):
 
 
 def _stats_backward(ctx, grad_nll, *_):
+    _once(grad_nll)
     x, w, target, scale, bias, row_id, col_id, nll, top, total, expected = ctx.saved_tensors
     dx = dw = dbias = dscale = None
     if grad_nll is None:
@@ -120,6 +121,11 @@ def _stats_backward(ctx, grad_nll, *_):
     if ctx.need[3]:
         dscale = _scale_grad(grad_nll, nll, top, total, expected, scale)
     return dx, dw, None, dscale, dbias, *8 * [None]
+
+
+def _once(grad: Tensor | None) -> None:
+    if torch.is_grad_enabled() and grad is not None and not torch.compiler.is_compiling():
+        raise RuntimeError("cosup's losses have first derivatives only: create_graph=True is not supported")
 
 
 def _scale_grad(grad_nll, nll, top, total, expected, scale):
@@ -164,6 +170,7 @@ def _grads_context(ctx, inputs, output):
 
 
 def _grads_backward(ctx, grad_loss, *_):
+    _once(grad_loss)
     weight, scale, nll, top, total, expected, *grads = ctx.saved_tensors
     if grad_loss is None:
         return 13 * (None,)

@@ -5,6 +5,7 @@
 The head is computed by the losses, never here; so a model whose head is of another form is refused.
 """
 
+import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def load(
         config = AutoConfig.from_pretrained(name)
         if num_layers is not None:
             _keep_layers(config.get_text_config(), num_layers)
+        if attn_implementation is None and _has_flash_attention() and dtype in (torch.float16, torch.bfloat16):
+            attn_implementation = "flash_attention_2"
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
         model, report = auto.from_pretrained(name, config=config, output_loading_info=True, **options)  # type: ignore[misc]
         missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
@@ -54,6 +57,10 @@ def load(
         raise ValueError(f"{role}: wanted a model folder or hub id, got {str(name)!r}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _has_flash_attention() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
 @torch.no_grad()

@@ -93,7 +93,8 @@ class CoSupConfig(TrainingArguments):
             unknown = [str(name) for name in values if name not in {f.name for f in fields(cls)}]
             if unknown:
                 raise ValueError(f"{yaml_file}: wanted names of CoSupConfig, got {', '.join(unknown)}")
-            parser.set_defaults(**values)
+            # as text they go through the same conversion as arguments, and the same errors
+            parser.set_defaults(**{k: v if v is None or isinstance(v, dict) else str(v) for k, v in values.items()})
         try:
             return parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)[0]
         except argparse.ArgumentError as error:

@@ -12,6 +12,7 @@ the vendor's library does the GEMMs. Shape suffixes: N rows, M columns, D featur
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import warnings
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
 BACKENDS = ("auto", "reference", "native", "triton")
 DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 REFERENCE_COPIES = 6  # tiles that the PyTorch kernels hold at once, by count of their temporaries
 
 
@@ -140,7 +142,7 @@ def resolve(backend: str, x: Tensor) -> str:
     runs = {
         "reference": True,
         "native": device == "cpu" and x.dtype != torch.float64 and bool(native.AVAILABLE),
-        "triton": (device == "cuda" or INTERPRETED) and x.dtype != torch.float64,
+        "triton": (device == "cuda" or INTERPRETED) and x.dtype != torch.float64 and HAS_TRITON,
     }
     if backend == "auto":
         return next(
@@ -156,8 +158,8 @@ def tile_kernels(backend: str, x: Tensor) -> tuple[Any, Any]:
     if backend == "native":
         return native.tile_stats, native.tile_grad
     if backend == "reference":
-        if x.device.type == "cpu" and x.dtype != torch.float64 and not native.AVAILABLE:
-            _warn_no_native()
+        if x.dtype != torch.float64 and not (native.AVAILABLE if x.device.type == "cpu" else HAS_TRITON):
+            _warn_slow()
         return reference.tile_stats, reference.tile_grad
     from cosup.kernels.tile_grad import tile_grad  # Triton: absent on some platforms
     from cosup.kernels.tile_stats import tile_stats
@@ -166,8 +168,8 @@ def tile_kernels(backend: str, x: Tensor) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _warn_no_native() -> None:
-    warnings.warn("cosup runs its slower PyTorch path: the native CPU kernels are not built (`cosup doctor` says more)",
+def _warn_slow() -> None:
+    warnings.warn("cosup runs its slower PyTorch path: this device's kernels are missing (`cosup doctor` says more)",
                   stacklevel=2)  # fmt: skip
 
 

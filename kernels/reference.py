@@ -42,9 +42,6 @@ class RowState(NamedTuple):
     def rows(self, r: slice) -> RowState:
         return RowState(*(field[r] for field in self))
 
-    def lse(self) -> Tensor:
-        return self.max + self.sum.log()
-
     def nll(self) -> Tensor:
         """lse - target, with the two large numbers subtracted before the small one is added."""
         return self.sum.log() + (self.max - self.target)

@@ -5,6 +5,7 @@ Formula, names and the meaning of every argument: ``cosup.kernels.reference``. T
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -78,10 +79,11 @@ def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=No
     if R == 0 or S == 0:
         return
     unused = target_R  # a pointer that a kernel without the feature never reads
-    _stats_kernel[(R,)](
-        dot_RS, dot_RS.stride(0), state.max, state.sum, state.dot, state.target, state.above, target_R, scale,
-        unused if bias_S is None else bias_S, unused if row_id_R is None else row_id_R,
-        unused if col_id_S is None else col_id_S, col0, S, softcap,
-        HAS_BIAS=bias_S is not None, HAS_ID=row_id_R is not None, HAS_CAP=bool(softcap),
-        BLOCK_S=min(BLOCK_S, triton.next_power_of_2(S)), num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(dot_RS):  # the launch goes to the current device
+        _stats_kernel[(R,)](
+            dot_RS, dot_RS.stride(0), state.max, state.sum, state.dot, state.target, state.above, target_R, scale,
+            unused if bias_S is None else bias_S, unused if row_id_R is None else row_id_R,
+            unused if col_id_S is None else col_id_S, col0, S, softcap,
+            HAS_BIAS=bias_S is not None, HAS_ID=row_id_R is not None, HAS_CAP=bool(softcap),
+            BLOCK_S=min(BLOCK_S, triton.next_power_of_2(S)), num_warps=WARPS,
+        )  # fmt: skip

@@ -41,7 +41,7 @@ BUGS = [
         LOSSES + " -k info_nce_error"),
     Bug("gradcheck: softcap chain", "kernels/reference.py", "1 - (z_RS / softcap) ** 2", "1 - (z_RS / softcap)",
         OPS + " -k gradcheck"),
-    Bug("gradcheck: upstream gradient dropped", "cosup/ops.py", "return grad.mul_(factor)", "return grad",
+    Bug("loss: upstream gradient dropped", "cosup/ops.py", "return grad.mul_(factor)", "return grad",
         LOSSES + " -k cross_entropy_error"),
     Bug("opcheck: fake of another dtype", "cosup/ops.py", "above = torch.empty_like(target, dtype=torch.int32)",
         "above = torch.empty_like(target)", OPS + " -k opcheck"),

@@ -139,7 +139,7 @@ def test_correctness_is_word_for_word():
     assert is_correct("A hat.", ["gloves", "The Hat"])
     assert not is_correct("that hatter", ["hat"])
     assert not is_correct("anything", ["the", "!"])  # nothing is left of them
-    assert not is_correct("", ["hat"])
+    assert not is_correct("", ["hat", "!"])
 
 
 def test_report_is_json_and_is_shown(model, index, tmp_path):

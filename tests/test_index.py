@@ -78,7 +78,7 @@ def test_passages_stream_in_batches_and_in_order():
 def test_any_factory_trains_where_it_must_and_finds_k(factory: str, k: int, recall: float, tmp_path: Path):
     built = build(factory=factory)
     built.save(tmp_path / "index")
-    for index in (built, SequenceIndex.load(tmp_path / "index")):
+    for index in (built, SequenceIndex.load(tmp_path / "index", None)):
         scores, passages = index.search(vectors(), k)  # where all are asked for: more than one cell holds
         assert all(len({p.id for p in row}) == k for row in passages)
         assert (scores.diff(dim=1) <= 0).all() and index.factory == factory
@@ -104,7 +104,7 @@ def test_a_saved_index_comes_back(tmp_path: Path):
 def test_saving_again_replaces(tmp_path: Path):
     build().save(tmp_path / "index")
     build(passages=PASSAGES[:9]).save(tmp_path / "index")
-    assert len(SequenceIndex.load(tmp_path / "index")) == 9 and os.listdir(tmp_path) == ["index"]
+    assert len(SequenceIndex.load(tmp_path / "index", None)) == 9 and os.listdir(tmp_path) == ["index"]
 
 
 @pytest.mark.parametrize("broken", ["faiss.write_index", "pq.write_table", "json.dumps", "_flush", "Path.rename"])
@@ -124,7 +124,7 @@ def test_an_interrupted_save_leaves_the_old_index(broken: str, tmp_path: Path, m
         patched.setattr(f"cosup.index.{broken}", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(passages=PASSAGES[:9]).save(tmp_path / "index")
-    assert len(SequenceIndex.load(tmp_path / "index")) == 40 and os.listdir(tmp_path) == ["index"]
+    assert len(SequenceIndex.load(tmp_path / "index", None)) == 40 and os.listdir(tmp_path) == ["index"]
 
 
 def test_a_save_killed_between_its_renames_leaves_the_old_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -144,9 +144,9 @@ def test_a_save_killed_between_its_renames_leaves_the_old_index(tmp_path: Path, 
         with pytest.raises(SystemExit):
             build(passages=PASSAGES[:9]).save(tmp_path / "index")
     assert not (tmp_path / "index").exists()
-    assert len(SequenceIndex.load(tmp_path / "index")) == 40
+    assert len(SequenceIndex.load(tmp_path / "index", None)) == 40
     build(passages=PASSAGES[:9]).save(tmp_path / "index")
-    assert len(SequenceIndex.load(tmp_path / "index")) == 9
+    assert len(SequenceIndex.load(tmp_path / "index", None)) == 9
 
 
 def test_save_keeps_off_folders_that_are_no_index(tmp_path: Path):
@@ -204,7 +204,7 @@ def test_damage_is_named(damage, message: str, tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(faiss, "read_index", lambda path: pytest.fail("opened"))
         monkeypatch.setattr(pq, "read_table", lambda path, **options: pytest.fail("opened"))
     with pytest.raises(ValueError, match=message):
-        SequenceIndex.load(tmp_path / "index")
+        SequenceIndex.load(tmp_path / "index", None)
 
 
 def test_parts_of_two_indices_do_not_make_one(tmp_path: Path):
@@ -215,7 +215,7 @@ def test_parts_of_two_indices_do_not_make_one(tmp_path: Path):
     one, other = (json.loads((tmp_path / name / "manifest.json").read_text())["sha256"] for name in ("index", "other"))
     _manifest(sha256=one | {"passages.parquet": other["passages.parquet"]})(tmp_path / "index")
     with pytest.raises(ValueError, match="as many vectors as passages"):
-        SequenceIndex.load(tmp_path / "index")
+        SequenceIndex.load(tmp_path / "index", None)
 
 
 def test_an_index_of_another_model_is_refused(tmp_path: Path):

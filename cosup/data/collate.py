@@ -136,8 +136,10 @@ class GenCtxCollator:
             add([self._control.retrieve])
             if part.grounded is None:
                 return _Row(ids, labels, queries)
-            text = encode(self.gen_tokenizer, passage_text(passage.title, passage.text))[: self.max_passage_length]
-            add([*text, self._control.ground], target=self.passage_in_ntp)
+            text = encode(self.gen_tokenizer, passage_text(passage.title, passage.text))
+            if self.passage_in_ntp:
+                self._counts["targets_lost"] += max(0, len(text) - self.max_passage_length)
+            add([*text[: self.max_passage_length], self._control.ground], target=self.passage_in_ntp)
             add([*encode(self.gen_tokenizer, part.grounded), self._control.end])
         add([self._control.eos])
         return _Row(ids, labels, queries)

@@ -108,7 +108,7 @@ def _read(path: str | Path, parse: Callable[[dict[str, Any]], T], on_bad_line: O
                 continue
             lines += 1
             try:
-                record = json.loads(line.decode("utf-8"))
+                record = _parse(line)
                 if not isinstance(record, dict):
                     raise ValueError(f"wanted a JSON object, got {type(record).__name__}")
                 item = parse(record)
@@ -164,6 +164,13 @@ def _instance(record: dict[str, Any], passages: Mapping[str, Passage] | None) ->
     return instance
 
 
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("wanted an object, got one nested too deeply") from None
+
+
 def _part(part: Any) -> str | Reference:
     if isinstance(part, str):
         return part
@@ -177,6 +184,7 @@ def _string(record: dict[str, Any], field: str, default: str | None = None) -> s
     value = record.get(field, default)
     if not isinstance(value, str):
         raise ValueError(f"{field}: wanted a string, got {_got(record, field)}")
+    value.encode("utf-8")  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
     return value
 
 

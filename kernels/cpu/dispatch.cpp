@@ -1,4 +1,4 @@
-// Which copies of the tile kernels this machine can run, best first: bit 0 plain, bit 1 AVX2, bit 2 AVX-512.
+// Which copies of the tile kernels this machine can run: bit 0 plain, bit 1 AVX2, bit 2 AVX-512.
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
 #else

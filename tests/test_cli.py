@@ -1,0 +1,73 @@
+"""The command, from a user's own JSONL and model folders to an answer; and what it says of mistakes."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cosup import cli, linear_cross_entropy, walk
+from cosup.data import write_jsonl
+from cosup.kernels import native
+from tiny import tiny_encoder, tiny_folder, tiny_gen, tiny_instances, tiny_passages, tiny_tokenizer
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """JSONL of passages and instances, and a Gen and a Ctx of other family and width."""
+    folder = tmp_path_factory.mktemp("user")
+    write_jsonl(folder / "passages.jsonl", tiny_passages(24).values())
+    write_jsonl(folder / "instances.jsonl", tiny_instances(24))
+    tiny_folder(folder / "gen", tiny_gen(), tiny_tokenizer())
+    tiny_folder(folder / "ctx", tiny_encoder(), tiny_tokenizer())
+    return folder
+
+
+def test_train_index_generate_eval(files):
+    pair, passages, instances = files / "pair", files / "passages.jsonl", files / "instances.jsonl"
+    run("train", "--gen", files / "gen", "--ctx", files / "ctx", "--instances", instances, "--passages", passages,
+        "--output_dir", pair, "--max_steps", 2, "--per_device_train_batch_size", 4, "--report_to", "none", "--use_cpu",
+        "true", "--eval_instances", instances)  # fmt: skip
+    assert "24 passages" in run("index", pair, passages, files / "index")
+    question = "What of [b]this[/b] [/path] and [Ret]?"  # no markup of ours
+    assert question in run("generate", pair, files / "index", question, "--max-new-tokens", 4)
+    line = json.loads(run("generate", pair, files / "index", question, "--max-new-tokens", 4, "--json"))
+    assert line["input"] == question
+    assert "R@1" in run("eval", pair, instances, passages, "--answers", 2, "--out", files / "eval")
+    assert json.loads((files / "eval/report.json").read_text())["instances"] == 24
+    assert (files / "eval/retrieval.png").stat().st_size > 1000
+
+
+def test_doctor_names_the_paths():
+    output = run("doctor")
+    assert "torch" in output and ("native" in output or "PyTorch path" in output)
+
+
+def test_a_mistake_is_one_line(files):
+    data = ["--instances", files / "instances.jsonl", "--passages", files / "passages.jsonl"]
+    command = [sys.executable, "-c", "from cosup.cli import main; main()", "train", "--gen", "nowhere/[a]", *data]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "gen: wanted a model folder or hub id, got 'nowhere/[a]'" in " ".join(result.stdout.split())
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_without_native_kernels_one_warning_and_the_same_loss(monkeypatch):
+    x, w, target = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,))
+    want = linear_cross_entropy(x, w, target)
+    monkeypatch.setattr(native, "AVAILABLE", ())
+    walk._warn_slow.cache_clear()
+    with pytest.warns(UserWarning, match="slower PyTorch path.*cosup doctor"):
+        torch.testing.assert_close(linear_cross_entropy(x, w, target), want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linear_cross_entropy(x, w, target)

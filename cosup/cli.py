@@ -84,10 +84,15 @@ def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML of the same names.", exists=True, dir_okay=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --output_dir.")] = False,
+    fields: Annotated[bool, typer.Option("--fields", help="List CoSupConfig's own fields and what they mean.")] = False,
 ) -> None:
     """Train Gen and Ctx: cosup train --gen DIR --instances train.jsonl --passages passages.jsonl --output_dir OUT."""
     from cosup.train import CoSupConfig, CoSupTrainer
 
+    if fields:
+        for name, meaning in CoSupConfig.own_fields().items():
+            console.print(Text(f"--{name:22} {meaning}"))
+        return
     arguments = CoSupConfig.parse(context.args, yaml_file=config)
     trainer = CoSupTrainer.from_config(arguments)
     trainer.train(resume_from_checkpoint=resume or None)

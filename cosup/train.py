@@ -80,6 +80,12 @@ class CoSupConfig(TrainingArguments):
         return replace(base, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
 
     @classmethod
+    def own_fields(cls) -> dict[str, str]:
+        """What there is beside TrainingArguments, and what each means."""
+        inherited = {f.name for f in fields(TrainingArguments)}
+        return {f.name: f.metadata["help"] for f in fields(cls) if f.name not in inherited}
+
+    @classmethod
     def parse(cls, arguments: Sequence[str] = (), *, yaml_file: str | Path | None = None) -> "CoSupConfig":
         """From command-line arguments, a YAML file of the same names, or both; an argument wins over the file.
 

@@ -47,6 +47,11 @@ def test_train_index_generate_eval(files):
     assert (files / "eval/retrieval.png").stat().st_size > 1000
 
 
+def test_every_field_of_training_is_explained():
+    output = run("train", "--fields")
+    assert all(f"--{name}" in output for name in ("gen", "passages", "pooling", "nsp_weight", "max_passage_length"))
+
+
 def test_doctor_names_the_paths():
     output = run("doctor")
     assert "torch" in output and ("native" in output or "PyTorch path" in output)

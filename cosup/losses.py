@@ -38,7 +38,7 @@ class CoSupervisionOutput(NamedTuple):
     nsp_loss: Tensor
     ntp_count: Tensor  # int64, NTP targets
     nsp_count: int  # queries
-    nsp_stats: RowStats | None  # None without queries or candidates, and in mode "ntp"
+    nsp_stats: RowStats | None  # None without queries, and in mode "ntp"
 
 
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
@@ -119,7 +119,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         candidates: [M, D], dtype and device of ``query``. M may be above N: further rows are further negatives.
         target: [N] int64, the row of each query's positive; None: row n for query n (M >= N).
         temperature: Positive divisor; a scalar tensor gets its gradient.
-        normalize: Divide rows by their Euclidean norm (at least 1e-12) first.
+        normalize: Divide rows by their Euclidean norm (at least 1e-12) first; the copies are beside the workspace.
         query_ids: [N] int64, the id of each query's positive; None: ``candidate_ids[target]``.
         candidate_ids: [M] int64, equal for equal passages; None: no two are equal.
         reduction: "mean", "sum" or "none" ([N], with any upstream gradient).
@@ -139,7 +139,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     if query.ndim != 2:
         raise ValueError(f"query must be [N, D], got {[*query.shape]}")
     _check_pair("query", query, "candidates", candidates)
-    n, m = len(query), len(candidates)
+    n, m = query.shape[0], candidates.shape[0]
     if target is None:
         if m < n:
             raise ValueError(
@@ -199,19 +199,17 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
         raise ValueError(f"want hidden [B, T, D] and labels [B, T], got {[*hidden.shape]} and {[*labels.shape]}")
-    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     ntp_count = (shifted != -100).sum()
-    ntp_loss, nsp_loss, nsp_stats = (
-        0 * hidden[:0].sum(dtype=torch.float32),
-        0 * query[:0].sum(dtype=torch.float32),
-        None,
-    )
+    ntp_loss, nsp_loss = _nothing(hidden, linear_weight, linear_bias), _nothing(query, candidates, temperature)
+    nsp_stats = None
     if mode != "nsp":
         ntp_sum = linear_cross_entropy(hidden, linear_weight, shifted, linear_bias=linear_bias, reduction="sum",
                                        logit_scale=logit_scale, logit_softcap=logit_softcap,
                                        workspace_bytes=workspace_bytes)  # fmt: skip
         assert isinstance(ntp_sum, Tensor)
-        ntp_loss = ntp_sum / (ntp_count.clamp(min=1) if ntp_normalizer is None else ntp_normalizer)
+        normalizer = ntp_count if ntp_normalizer is None else ntp_normalizer
+        ntp_loss = ntp_loss + ntp_sum / torch.as_tensor(normalizer, device=hidden.device).clamp(min=1)
     if mode != "ntp" and len(query):
         nsp_sum, nsp_stats = info_nce(query, candidates, target, temperature=temperature, normalize=normalize,
                                       candidate_ids=candidate_ids, reduction="sum", return_stats=True,
@@ -221,17 +219,28 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
     return CoSupervisionOutput(loss, ntp_loss, nsp_loss, ntp_count, len(query), nsp_stats)
 
 
+def _nothing(*parts: Tensor | float | None) -> Tensor:
+    """0, connected to every tensor: whoever waits for a gradient of each gets one."""
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    zeros = [0 * (t[:0] if t.ndim else t).sum(dtype=torch.float32) for t in tensors]
+    return torch.stack(zeros).sum()
+
+
 def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Tensor | None = None,
                  row_id: Tensor | None = None, col_id: Tensor | None = None, softcap: float = 0.0,
                  ignore_index: int | None = None, reduction: str, weight: Tensor | None = None, rank: bool,
                  workspace_bytes: int | None, backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
     """Both losses: plan, run the operator that the plan asks for, reduce."""
+    if not torch.compiler.is_compiling() and (_functorch_level() is not None or _forward_ad_level() >= 0):
+        raise RuntimeError("cosup's losses have reverse-mode gradients only: no torch.func transform, no forward mode")
     workspace = DEFAULT_WORKSPACE.get(x.device.type, 1 << 30) if workspace_bytes is None else workspace_bytes
     backend = resolve(backend, x)
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (x, w, bias, scale)]
-    p = plan(len(x), len(w), cost(x, backend, gathered=ignore_index is not None), grads=any(need[:3]),
-             weights_known=reduction != "none", workspace_bytes=workspace)  # fmt: skip
+    # float16 waits for the upstream gradient: p / N is below its range without a loss scale, sums over N are above it
+    known = reduction != "none" and x.dtype != torch.float16
+    p = plan(x.shape[0], w.shape[0], cost(x, backend, gathered=ignore_index is not None), grads=any(need[:3]),
+             weights_known=known, workspace_bytes=workspace)  # fmt: skip
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     weight = torch.ones_like(valid, dtype=scale.dtype) if weight is None else weight.reshape(-1).to(scale.dtype)
     weight = weight.masked_fill(~valid, 0.0)
@@ -240,12 +249,9 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
         divisor = weight.sum()
         divisor = torch.where(divisor == 0, 1.0, divisor)
     if p.strategy is Strategy.GRADS_IN_FORWARD:
-        # float16 keeps the divisor for the backward pass: p / N is below its range
-        first, last = (1.0, divisor) if x.dtype == torch.float16 else (divisor, 1.0)
-        total, nll, top, exp_sum, expected, above, *_ = ops.nll_and_grads(
-            x, w, target, weight / first, scale, bias, row_id, col_id, softcap, ignore_index, need, workspace, backend
+        loss, nll, top, exp_sum, expected, above, *_ = ops.nll_and_grads(
+            x, w, target, weight / divisor, scale, bias, row_id, col_id, softcap, ignore_index, need, workspace, backend
         )
-        loss = total / last
     else:
         nll, top, exp_sum, expected, above = ops.nll_stats(
             x, w, target, scale, bias, row_id, col_id, softcap, ignore_index, rank, need, workspace, backend
@@ -255,8 +261,16 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     nll, top, exp_sum, expected, above = (t.detach() for t in (nll, top, exp_sum, expected, above))
     lse = torch.where(valid, top + exp_sum.log(), 0.0)
     lost = nll.isnan()  # no logit is above a NaN: such a row is last, not first
-    place = torch.where(lost, len(w), above.long() + 1) * valid
+    place = torch.where(lost, w.shape[0], above.long() + 1) * valid
     return loss, RowStats(nll, lse, -nll, lse - expected, place, (place == 1) & ~lost)
+
+
+def _functorch_level() -> int | None:
+    return torch._C._functorch.maybe_current_level()
+
+
+def _forward_ad_level() -> int:
+    return torch.autograd.forward_ad._current_level
 
 
 def _autocast(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

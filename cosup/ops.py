@@ -18,6 +18,7 @@ from cosup.walk import Problem, cost, walk
 def _problem(x, w, target, scale, bias, row_id, col_id, softcap, ignore_index) -> Problem:
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync)."""
     m = len(w)
+    x, w = (t if 1 in t.stride() else t.contiguous() for t in (x, w))  # else each GEMM would copy its part
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     bad = valid & ((target < 0) | (target >= m))
     target, bias, row_id, col_id = (t if t is None else t.contiguous() for t in (target, bias, row_id, col_id))
@@ -97,7 +98,7 @@ def _(grad_nll, top, total, x, w, target, scale, bias, row_id, col_id, softcap, 
 
 def _fake_grads(x, w, scale, need):
     dx, dw = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, w))
-    dbias = w.new_empty(len(w), dtype=scale.dtype)
+    dbias = w.new_empty(w.shape[0], dtype=scale.dtype)
     return tuple(g if wanted else x.new_empty(0) for g, wanted in zip((dx, dw, dbias), need, strict=False))
 
 
@@ -184,8 +185,12 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """factor * grad, in grad's own memory where this is its last use."""
     traced = type(grad) is not Tensor
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        return grad * factor.to(grad.dtype)
+        return (grad * factor).to(grad.dtype) if grad.element_size() >= 4 else (grad.float() * factor).to(grad.dtype)
     if factor.device.type == "cpu" and factor == 1:
+        return grad
+    if factor.device.type != "cpu" and grad.element_size() < 4:  # there the factor would be rounded to 16 bits
+        for part in grad.split(4096):
+            part.copy_(part.float() * factor)
         return grad
     return grad.mul_(factor)
 

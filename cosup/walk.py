@@ -104,7 +104,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, max_sum: tuple[Tensor, Tensor]
             if dw is not None:
                 _add(dw[s] if dw_sum is None else dw_sum, coef.mT, x_r, first=r.start == 0)
             if dbias is not None:
-                dbias[s] += coef.sum(0, dtype=stats_dtype)
+                dbias[s] += (coef if tile.is_cuda else tile).sum(0, dtype=stats_dtype)
         if dw is not None and dw_sum is not None:
             dw[s] = dw_sum
     if dx is not None and dx_sum is not None:
@@ -188,7 +188,7 @@ def _buffers(p: Problem, plan: Plan) -> tuple[Tensor, Tensor | None]:
     tile = torch.empty(rows, cols, dtype=p.scale.dtype, device=p.x.device)
     if p.x.element_size() >= 4:
         return tile, None
-    if p.x.device.type == "cpu":
+    if not p.x.is_cuda:
         return tile, torch.empty(rows, cols, dtype=p.x.dtype)
     return tile, tile.view(p.x.dtype)[:, :cols]
 
@@ -206,7 +206,12 @@ def _target_logits(p: Problem, state: RowState, plan: Plan) -> None:
     d = max(1, p.x.shape[1])
     for r in _spans(len(p.target), max(1, plan.block_rows * plan.block_cols // (4 * d))):
         target_r = p.target[r].clamp(min=0)
-        u_r = (_take(p, r).to(p.scale.dtype) * p.w[target_r]).sum(1) * p.scale
+        product_RD = _take(p, r).to(p.scale.dtype) * p.w[target_r]
+        # raised by what a GEMM may round otherwise: an equal logit must not count as above
+        slack_r = 4 * torch.finfo(p.scale.dtype).eps * product_RD.abs().sum(1)
+        if p.x.element_size() < 4 and not p.x.is_cuda:
+            slack_r += torch.finfo(p.x.dtype).eps * product_RD.sum(1).abs()
+        u_r = (product_RD.sum(1) + slack_r) * p.scale
         if p.bias is not None:
             u_r += p.bias[target_r]
         state.target[r] = p.softcap * torch.tanh(u_r / p.softcap) if p.softcap else u_r

@@ -25,10 +25,15 @@ def tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, col
         u += tl.load(bias_ptr + s, s < S, other=0.0).to(tl.float32)
     chain = tl.full(u.shape, 1.0, tl.float32)
     if HAS_CAP:
-        e = tl.exp(-2.0 * tl.abs(u) / softcap)
-        t = (1.0 - e) / (1.0 + e)
+        v = u / softcap
+        v2 = v * v
+        # near 0 the polynomial of Cephes' tanhf (Moshier): the quotient would cancel
+        p = (((-5.70498872745e-3 * v2 + 2.06390887954e-2) * v2 - 5.37397155531e-2) * v2 + 1.33314422036e-1) * v2
+        e = tl.exp(-2.0 * tl.abs(v))
+        far = (1.0 - e) / (1.0 + e)
+        t = tl.where(tl.abs(v) < 0.625, (p - 3.33332819422e-1) * v2 * v + v, tl.where(v < 0, -far, far))
         chain = 1.0 - t * t
-        u = tl.where(u < 0, -t, t) * softcap
+        u = t * softcap
     u = tl.where(s < S, u, float("-inf"))
     if HAS_ID:
         same = tl.load(col_id_ptr + s, s < S, other=0) == tl.load(row_id_ptr + row)

@@ -265,6 +265,53 @@ def test_second_backward_works_or_raises():
         torch.autograd.grad(loss, (x, w))
 
 
+def test_other_modes_of_differentiation_are_refused():
+    x, w, target = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,))
+
+    def loss(x):
+        return linear_cross_entropy(x, w, target)
+
+    for transform in (torch.func.grad(loss), lambda x: torch.func.vmap(loss)(x[None])):
+        with pytest.raises(RuntimeError, match="reverse-mode gradients only"):
+            transform(x)
+    with pytest.raises(RuntimeError, match="reverse-mode gradients only"):
+        torch.func.jvp(loss, (x,), (x,))
+
+
+def test_float16_sums_over_many_rows_do_not_overflow():
+    """An outlier feature of 60 in 4096 rows sums to above 65504; its mean does not."""
+    x, w = torch.randn(4096, 8), 0.02 * torch.randn(20, 8)
+    x[:, 0] += 60
+    x, w = x.half(), w.half().requires_grad_()
+    assert torch.autograd.grad(linear_cross_entropy(x, w, torch.zeros(4096, dtype=torch.int64)), w)[0].isfinite().all()
+
+
+def test_rank_of_a_duplicate_does_not_depend_on_the_slabs():
+    query = F.normalize(torch.randn(64, 384))
+    pool = torch.cat([query, F.normalize(torch.randn(500, 384)), query])
+    target = torch.arange(64) + 564
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = query.to(dtype), pool.to(dtype)
+        budget = used(64, 628, 64, 208, cost(x, "native" if native.AVAILABLE else "reference", gathered=False), False)
+        stats = info_nce(x, w, target, normalize=False, return_stats=True, workspace_bytes=budget)[1]
+        assert stats.top1.all()
+
+
+def test_one_row_of_a_strided_target():
+    x, w = torch.randn(1, 1, 4), torch.randn(9, 4)
+    assert linear_cross_entropy(x, w, torch.randint(9, (1, 4))[:, ::4]).isfinite()
+
+
+@pytest.mark.parametrize("mode", ["joint", "ntp", "nsp"])
+def test_a_dropped_term_keeps_its_graph(mode):
+    hidden, w, b, passages = (torch.randn(*s, requires_grad=True) for s in ((2, 3, 4), (9, 4), (9,), (5, 4)))
+    temperature = torch.tensor(0.1, requires_grad=True)
+    inputs = (hidden, w, b, passages, temperature)
+    loss = co_supervision_loss(hidden, w, torch.ones(2, 3, dtype=torch.int64), hidden[:, 0][:0], passages, linear_bias=b,
+                               mode=mode, temperature=temperature).loss  # fmt: skip
+    assert all(g is not None for g in torch.autograd.grad(loss, inputs, allow_unused=True))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_derivatives_are_refused(reduction):
     x, w = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)

@@ -35,7 +35,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, IndexError, OSError, RuntimeError) as error:
-        console.print(Text("error: ", "bold red"), Text(str(error)), sep="")
+        Console(stderr=True).print(Text("error: ", "bold red"), Text(str(error)), sep="", soft_wrap=True)
         sys.exit(1)
 
 
@@ -63,7 +63,7 @@ def data_wiki(
     from cosup.data import wiki
 
     for name, path in wiki.build(out, seed=seed)._asdict().items():
-        console.print(f"{name:14} {path}", highlight=False)
+        console.print(f"{name:14} {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 @data.command("smollm2")
@@ -71,7 +71,7 @@ def data_smollm2(out: Annotated[Path | None, typer.Option(help="Folder; default:
     """SmolLM2-135M-Instruct (Apache-2.0) as a model folder of transformers."""
     from cosup.data import smollm2
 
-    console.print(str(smollm2.build(out)), highlight=False)
+    console.print(str(smollm2.build(out)), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(
@@ -94,12 +94,14 @@ def train(
             console.print(Text(f"--{name:22} {meaning}"))
         return
     arguments = CoSupConfig.parse(context.args, yaml_file=config)
+    if not resume and any(Path(str(arguments.output_dir)).glob("checkpoint-*")):
+        raise ValueError(f"output_dir: {arguments.output_dir} holds checkpoints; add --resume or choose another folder")
     trainer = CoSupTrainer.from_config(arguments)
     trainer.train(resume_from_checkpoint=resume or None)
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_model()
-    console.print(f"saved {arguments.output_dir}", highlight=False)
+    console.print(f"saved {arguments.output_dir}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -118,7 +120,7 @@ def index(
     corpus = read_passages(passages)
     built = SequenceIndex.from_model(_eval(GenCtxModel, model), corpus.values(), factory=factory, batch_size=batch_size)
     built.save(out)
-    console.print(f"{len(built):,} passages in {out}", highlight=False)
+    console.print(f"{len(built):,} passages in {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -152,9 +154,9 @@ def generate(
             {"id": p.passage.id, "title": p.passage.title, "score": p.score, "char": p.char} for p in answer.passages
         ]
         if as_json:
-            print(json.dumps({"input": question, "text": answer.text, "passages": fetched}))
+            print(json.dumps({"input": question, "text": answer.text, "passages": fetched}, ensure_ascii=False))
         else:
-            console.print(Text(question, "bold"), Text(f"{answer.render()}\n"), sep="\n")
+            console.print(Text(question, "bold"), Text(f"{answer.render()}\n"), sep="\n", soft_wrap=True)
 
 
 @app.command("eval")

@@ -31,7 +31,7 @@ def examine() -> list[Finding]:
         _triton(),
         _optional("flash-attn", "attention falls back to SDPA", "pip install flash-attn"),
     ]
-    found.append(_optional("gguf", "`cosup data smollm2` needs it", "pip install 'cosup[gguf]'"))
+    found.append(_optional("gguf", "`cosup data smollm2` needs it", "pip install '.[gguf]' (in the clone)"))
     return found
 
 
@@ -61,7 +61,9 @@ def _native() -> Finding:
         return Finding("CPU kernels", "PyTorch path: the library runs nothing on this processor", "please report it")
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     advice = (
-        "pip install --force-reinstall --no-deps cosup" if compiler else "install a C++ compiler, then reinstall cosup"
+        "pip install --force-reinstall --no-deps . (in the clone)"
+        if compiler
+        else "install a C++ compiler, then reinstall cosup"
     )
     return Finding("CPU kernels", "PyTorch path: the native library is not built", advice)
 

@@ -355,9 +355,12 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Called by the trainer for `activation_checkpointing`; its options go to both models."""
-        self.gen.activation_checkpointing_enable(**options)
-        if not self.config.shared_weights:
-            self.ctx.activation_checkpointing_enable(**options)
+        for part in (self.gen,) if self.config.shared_weights else (self.gen, self.ctx):
+            # the older name in transformers before 5.23
+            enable = getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)
+            enable(**options)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def _extra(self) -> dict[str, Tensor]:
         """The parameters that neither gen nor ctx holds."""

@@ -39,6 +39,9 @@ def load(
     Raises ValueError, naming the role and the folder or hub id: not there, of another kind, without some weights, fewer
     layers.
     """
+    path = str(name)
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():  # no hub id
+        raise ValueError(f"{role}: there is no folder {path!r}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no report of the layers and heads left out on purpose
     try:
@@ -53,7 +56,9 @@ def load(
         if missing:  # transformers fills them at random
             raise ValueError(f"no weights there for {len(missing)} of {type(model).__name__}, {missing[0]} the first")
         return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
+    except ImportError as error:
+        raise ValueError(f"{role}: {error}") from error
+    except (OSError, ValueError) as error:
         raise ValueError(f"{role}: wanted a model folder or hub id, got {str(name)!r}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -93,7 +93,10 @@ class CoSupConfig(TrainingArguments):
         """
         parser = HfArgumentParser(cls, prog="cosup train", exit_on_error=False, allow_abbrev=False)  # type: ignore[arg-type]
         if yaml_file is not None:
-            values = yaml.safe_load(Path(yaml_file).read_text(encoding="utf-8")) or {}
+            try:
+                values = yaml.safe_load(Path(yaml_file).read_text(encoding="utf-8")) or {}
+            except yaml.YAMLError as error:
+                raise ValueError(f"{yaml_file}: {error}") from error
             if not isinstance(values, dict):
                 raise ValueError(f"{yaml_file}: wanted a mapping of names to values, got {type(values).__name__}")
             unknown = [str(name) for name in values if name not in {f.name for f in fields(cls)}]
@@ -203,9 +206,12 @@ class CoSupTrainer(Trainer):
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off model.forward again
         self.model.eval()  # what comes next is to embed and generate
-        lost = {name: n for name, n in self.collator.report().items() if n and name != "instances"}
+        report, length = self.collator.report(), self.model.config.max_length
+        if report["instances"] and report["without_target"] == report["instances"]:
+            raise ValueError(f"max_length: {length} leaves no target in any of {report['instances']} rows; raise it")
+        lost = {name: n for name, n in report.items() if n and name != "instances"}
         if lost:
-            warnings.warn(f"cut to max_length {self.model.config.max_length}: {lost}", stacklevel=2)
+            warnings.warn(f"rows were cut to max_length {length} (raise it to keep all): {lost}", stacklevel=2)
         return result
 
     def get_batch_samples(

@@ -59,11 +59,18 @@ def test_doctor_names_the_paths():
 
 def test_a_mistake_is_one_line(files):
     data = ["--instances", files / "instances.jsonl", "--passages", files / "passages.jsonl"]
-    command = [sys.executable, "-c", "from cosup.cli import main; main()", "train", "--gen", "nowhere/[a]", *data]
+    command = [sys.executable, "-c", "from cosup.cli import main; main()", "train", "--gen", "./nowhere/[a]", *data]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
-    assert "gen: wanted a model folder or hub id, got 'nowhere/[a]'" in " ".join(result.stdout.split())
+    assert result.stderr.splitlines()[-1] == "error: gen: there is no folder './nowhere/[a]'"
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_another_run_is_not_taken_up_unasked(files):
+    (files / "old/checkpoint-4").mkdir(parents=True)
+    arguments = ["train", "--gen", "x", "--instances", "x", "--passages", "x", "--output_dir", str(files / "old")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert "holds checkpoints; add --resume" in str(result.exception)
 
 
 def test_without_native_kernels_one_warning_and_the_same_loss(monkeypatch):

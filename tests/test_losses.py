@@ -307,8 +307,9 @@ def test_a_dropped_term_keeps_its_graph(mode):
     hidden, w, b, passages = (torch.randn(*s, requires_grad=True) for s in ((2, 3, 4), (9, 4), (9,), (5, 4)))
     temperature = torch.tensor(0.1, requires_grad=True)
     inputs = (hidden, w, b, passages, temperature)
-    loss = co_supervision_loss(hidden, w, torch.ones(2, 3, dtype=torch.int64), hidden[:, 0][:0], passages, linear_bias=b,
-                               mode=mode, temperature=temperature).loss  # fmt: skip
+    labels, query = torch.ones(2, 3, dtype=torch.int64), hidden[:, 0][:0]
+    options = dict(linear_bias=b, mode=mode, temperature=temperature)
+    loss = co_supervision_loss(hidden, w, labels, query, passages, **options).loss
     assert all(g is not None for g in torch.autograd.grad(loss, inputs, allow_unused=True))
 
 

@@ -379,9 +379,9 @@ def test_a_wrong_choice_is_told(choices, message):
 def test_what_cannot_be_loaded_is_named(tmp_path):
     gen = tiny_folder(tmp_path / "gen", tiny_gen())
     nowhere = tmp_path / "nowhere"
-    with pytest.raises(ValueError, match=f"gen: wanted a model folder or hub id, got '{nowhere}'"):
+    with pytest.raises(ValueError, match=f"gen: there is no folder '{nowhere}'"):
         GenCtxModel.from_pretrained(nowhere)
-    with pytest.raises(ValueError, match=f"ctx: wanted a model folder or hub id, got '{nowhere}'"):
+    with pytest.raises(ValueError, match=f"ctx: there is no folder '{nowhere}'"):
         GenCtxModel.from_pretrained(gen, nowhere)
     encoder = tiny_folder(tmp_path / "encoder", tiny_encoder())
     with pytest.raises(ValueError, match="gen: .*encoder.*no weights there for .* of BertLMHeadModel"):

@@ -150,7 +150,9 @@ def test_mixed_precision_keeps_float32_weights_and_a_plain_forward(trainer_of):
 
 def test_activation_checkpointing_takes_the_same_step(trainer_of):
     options = dict(max_steps=1, per_device_train_batch_size=N)
-    plain, recomputed = (trainer_of(without_dropout(pair()), activation_checkpointing=on, **options) for on in (0, 1))
+    known = CoSupConfig.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    plain, recomputed = (trainer_of(without_dropout(pair()), **{name: on}, **options) for on in (False, True))
     calls = []
     recomputed.model.ctx.encoder.layer[0].output.dense.register_forward_hook(lambda *_: calls.append(1))
     plain.train()
@@ -239,14 +241,19 @@ def test_held_out_ntp_loss_does_not_depend_on_the_batches(size, trainer_of):
 
 
 def test_what_is_told_once(trainer_of, recwarn):
-    model = pair(max_length=20)
+    model = pair(max_length=60)
     trainer = trainer_of(model, gradient_accumulation_steps=2, per_device_train_batch_size=2, max_steps=1)
     trainer.train()
     told = [
         str(warning.message) for warning in recwarn if "cosup" in str(warning.filename) or __file__ == warning.filename
     ]
     assert sum("negatives do not accumulate: with 2 accumulation steps" in message for message in told) == 1
-    assert sum("cut to max_length 20: {'truncated': " in message for message in told) == 1
+    assert sum("cut to max_length 60 (raise it to keep all): {'truncated': " in message for message in told) == 1
+
+
+def test_rows_without_any_target_are_an_error(trainer_of):
+    with pytest.raises(ValueError, match="max_length: 5 leaves no target in any of [0-9]+ rows; raise it"):
+        trainer_of(pair(max_length=5), per_device_train_batch_size=2, max_steps=1).train()
 
 
 # ---- checkpoints

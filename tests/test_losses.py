@@ -20,6 +20,12 @@ BACKENDS = ["reference", *(["native"] if native.AVAILABLE else []), "triton"]
 BACKENDS_AND_SHAPES = [(b, s) for b in BACKENDS for s in SHAPES if b != "triton" or s == SHAPES[1] or HAS_GPU]
 
 
+@pytest.fixture(autouse=True)
+def narrow_slabs(monkeypatch):
+    """Small tables fit one slab whole, by fewer rows; the tests want several slabs."""
+    monkeypatch.setattr("cosup.plan.SLAB_ROWS", 16)
+
+
 def workspace(strategy, x, m, backend):
     """A budget that makes the plan take a strategy: all rows at once, blocks of whole rows, or slabs of columns."""
     n, c = len(x), cost(x, backend, gathered=True)

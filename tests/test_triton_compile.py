@@ -38,7 +38,7 @@ for kernel, out in CASES:
                 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
                 command = [tool, "--dump-resource-usage", file.name]
                 usage = subprocess.run(command, capture_output=True, text=True, check=True)
-            spills = [int(n) for n in re.findall(r"LOCAL:(\d+)", usage.stdout)]
+            spills = [int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage.stdout)]
         assert spills, "no resource usage was reported"
         assert not any(spills), f"{kernel.__name__} {out} features={on}: spills {spills}"
         print(kernel.__name__, out, on, "no spills")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cosup import gemm
+from cosup.plan import Plan, padded
 
-def three_gemms(x_ND: Tensor, w_MD: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
+
+def torch_mm(x_ND: Tensor, w_MD: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
     """Tile = x w^T, dx = tile w, dw += tile^T x; the tile's contents never matter."""
     with torch.no_grad():
         tile_RM = torch.empty(block_rows, len(w_MD), dtype=x_ND.dtype, device=x_ND.device)
@@ -17,4 +20,21 @@ def three_gemms(x_ND: Tensor, w_MD: Tensor, block_rows: int) -> tuple[Tensor, Te
             torch.mm(x_RD, w_MD.mT, out=z_RM)
             torch.mm(z_RM, w_MD, out=dx_ND[n : n + block_rows])
             torch.mm(z_RM.mT, x_RD, out=dw_MD) if n == 0 else dw_MD.addmm_(z_RM.mT, x_RD)
+        return dx_ND, dw_MD
+
+
+def engine_gemms(x_ND: Tensor, w_MD: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """The same by the engine's products, strip by strip as it takes them."""
+    m = len(w_MD)
+    with torch.no_grad():
+        tile_RM = torch.empty(plan.block_rows, padded(m), dtype=x_ND.dtype, device=x_ND.device)
+        dx_ND, dw_MD = torch.empty_like(x_ND), torch.empty_like(w_MD)
+        strips = [slice(c, min(c + plan.strip_cols, m)) for c in range(0, m, plan.strip_cols)]
+        for n in range(0, len(x_ND), plan.block_rows):
+            x_RD = x_ND[n : n + plan.block_rows]
+            for s in strips:
+                gemm.dots(x_RD, w_MD[s], tile_RM[: len(x_RD), s])
+            for s in strips:
+                gemm.add(dx_ND[n : n + len(x_RD)], tile_RM[: len(x_RD), s], w_MD[s], first=s.start == 0)
+                gemm.add(dw_MD[s], tile_RM[: len(x_RD), s].mT, x_RD, first=n == 0)
         return dx_ND, dw_MD

@@ -54,27 +54,28 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return peak
 
 
-def report(title: str, rows: list[dict], *, baseline: str, flop: float, size: dict, gradient_bytes: int,
+def report(title: str, rows: list[dict], *, baselines: tuple[str, ...], flop: float, size: dict, gradient_bytes: int,
            stated_bytes: int) -> None:  # fmt: skip
     """Print the table and write bench/results/<title>_<device>.json.
 
     Args:
-        baseline: The method that the others' times are divided by.
+        baselines: Bare products; the others' times are divided by that of the quickest.
         flop: FLOP of one run, for the rate.
         size: The problem's sizes, kept in the JSON.
         gradient_bytes: What every method returns; memory is reported above it.
         stated_bytes: The workspace that cosup's plan states.
     """
     seconds = {row["method"]: min(row["seconds"]) for row in rows if row["seconds"]}
+    floor = min(seconds[name] for name in baselines)
     table = Table(title=f"{title}  {size}  {device_name()}")
-    for column in ("method", "ms", "spread", f"x {baseline}", "GFLOP/s", "workspace MB", "/ stated"):
+    for column in ("method", "ms", "spread", "x GEMMs", "GFLOP/s", "workspace MB", "/ stated"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
         name = row["method"]
         if name not in seconds:
             table.add_row(name, "out of memory")
             continue
-        row["ratio"] = seconds[name] / seconds[baseline]
+        row["ratio"] = seconds[name] / floor
         row["workspace_bytes"] = row["peak_bytes"] - gradient_bytes
         row["stated_bytes"] = stated_bytes if name == "cosup" else None
         table.add_row(

@@ -11,11 +11,14 @@ Source of the rule that large blocks win: every row block reads and writes the w
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
 
 MIN_ROWS = 64  # a block of fewer whole rows spends its time on the table's gradient: take slabs instead
-SLAB_ROWS = 1024  # rows of a block once columns go in slabs
+SLAB_ROWS = 1024  # rows of a block once columns go in slabs, fewer if such a tile would be taller than wide
+STRIP_SHARE = 32  # a strip has at most so many elements to a byte of the workspace: float32 ones, an eighth of it
 ALIGN = 16  # tile rows start on 64 bytes
 
 
@@ -29,17 +32,23 @@ class Plan(NamedTuple):
     strategy: Strategy
     block_rows: int
     block_cols: int
+    strip_cols: int  # columns multiplied at once
     workspace_bytes: int  # predicted peak above inputs, outputs and gradients
 
 
 class Cost(NamedTuple):
     """Bytes that a walk holds, by what they grow with. ``walk.cost`` fills it in for a device, dtype and backend."""
 
+    strip: int  # not bytes: elements multiplied at once; 0: a whole tile
+    features: int  # not bytes: the length D of the vectors
     tile: int  # per element of the tile
+    dots: int  # per element of a strip before it is copied into the tile
+    coef: int  # per element of a strip while its gradients are added: coefficients beside the tile
+    product: int  # per element of their product, before it is added
     row: int  # per row of the whole problem: statistics, coefficients, row numbers
     block_row: int  # per row of a block: gathered or masked operands
-    table_row: int  # per table row of a slab: float32 accumulator of its gradient, where that is kept apart
-    query_row: int  # per row of the whole problem with more than one slab: the same for the rows' gradient
+    table_row: int  # per table row of a slab: float32 sum of its gradient, where that is kept apart
+    query_row: int  # the same per row: of the whole problem with several slabs, else of a block with several strips
 
 
 def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, workspace_bytes: int) -> Plan:
@@ -54,54 +63,62 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
     Raises:
         ValueError: The budget is below what the smallest blocks need.
     """
-    rows = _whole_rows(n, m, cost, grads, workspace_bytes)
+    cost = cost._replace(strip=min(cost.strip, max(1, workspace_bytes // STRIP_SHARE)))
+
+    def fits(rows: int, cols: int) -> bool:
+        return used(n, m, rows, cols, cost, grads) <= workspace_bytes
+
+    strategy = Strategy.RECOMPUTE if grads else Strategy.STATISTICS
+    rows = _most(n, lambda rows: fits(rows, m))
     if rows >= min(n, MIN_ROWS):
-        blocks = -(-n // max(rows, 1)) if n else 1
-        rows = -(-n // blocks)
-        strategy = Strategy.STATISTICS if not grads else Strategy.RECOMPUTE
+        blocks = -(-n // max(rows, 1))
+        even = -(-n // max(blocks, 1))
+        rows, cols = even if fits(even, m) else rows, m
         if grads and weights_known:
             strategy = Strategy.GRADS_IN_FORWARD
-        return Plan(strategy, rows, m, used(n, m, rows, m, cost, grads))
-    strategy = Strategy.RECOMPUTE if grads else Strategy.STATISTICS
-    rows = min(n, SLAB_ROWS)
-    while rows > 1 and _slab(n, rows, m, cost, grads, workspace_bytes) < min(m, SLAB_ROWS):
-        rows = -(-rows // 2)
-    cols = _slab(n, rows, m, cost, grads, workspace_bytes)
-    if cols < min(m, ALIGN):
-        least = used(n, m, 1, min(m, ALIGN), cost, grads)
-        raise ValueError(
-            f"workspace_bytes must be at least {least} for {n} rows and {m} columns, got {workspace_bytes}"
-        )
-    return Plan(strategy, rows, cols, used(n, m, rows, cols, cost, grads))
+    else:
+        rows = min(n, SLAB_ROWS)
+        while rows > 1 and not fits(rows, min(m, max(rows, ALIGN))):
+            rows = -(-rows // 2)
+        cols = m if fits(rows, m) else ALIGN * _most(m // ALIGN, lambda parts: fits(rows, ALIGN * parts))
+        if cols < min(m, ALIGN):
+            least = used(n, m, 1, min(m, ALIGN), cost, grads)
+            raise ValueError(
+                f"workspace_bytes must be at least {least} for {n} rows and {m} columns, got {workspace_bytes}"
+            )
+    return Plan(strategy, rows, cols, strip_cols(rows, cols, cost), used(n, m, rows, cols, cost, grads))
 
 
 def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
     """Bytes that a walk in blocks of rows x cols holds at its peak."""
     total = rows * (padded(cols) * cost.tile + cost.block_row) + n * cost.row
+    strip = strip_cols(rows, cols, cost)
+    product = max(rows, strip) * cost.features * cost.product
+    total += max(rows * strip * cost.dots, (rows * strip * cost.coef + product) if grads else 0)
     if grads and rows < n:
         total += cols * cost.table_row
     if grads and cols < m:
         total += n * cost.query_row
+    elif grads and strip < cols:
+        total += rows * cost.query_row
     return total
 
 
+def strip_cols(rows: int, cols: int, cost: Cost) -> int:
+    """Columns multiplied at once: neither they nor what they give of the table's gradient outgrow the strip."""
+    if not cost.strip:
+        return cols
+    return min(cols, max(ALIGN, cost.strip // max(rows, cost.features, 1) // ALIGN * ALIGN))
+
+
 def padded(cols: int) -> int:
-    return -(-cols // ALIGN) * ALIGN
+    """Columns with those that make rows start on 64 bytes, though never a multiple of the cache's stride apart."""
+    parts = -(-cols // ALIGN)
+    return ALIGN * (parts + (parts % 64 == 0))
 
 
-def _whole_rows(n: int, m: int, cost: Cost, grads: bool, budget: int) -> int:
-    """Most whole rows of a block within the budget, at most n; 0 if not one fits."""
-    per_row = padded(m) * cost.tile + cost.block_row
-    if used(n, m, n, m, cost, grads) <= budget:
-        return n
-    spare = budget - n * cost.row - (m * cost.table_row if grads else 0)
-    return max(0, min(n, spare // max(per_row, 1)))
-
-
-def _slab(n: int, rows: int, m: int, cost: Cost, grads: bool, budget: int) -> int:
-    """Most columns of a slab for blocks of so many rows, a multiple of ALIGN unless it is all of them."""
-    if used(n, m, rows, m, cost, grads) <= budget:
-        return m
-    spare = budget - used(n, m, rows, 0, cost, grads)
-    per_column = rows * cost.tile + (cost.table_row if grads and rows < n else 0)
-    return min(m, max(0, spare // max(per_column, 1) // ALIGN * ALIGN))
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest count up to ``limit`` that fits, 0 if none does; more never fits better, but for strips' rounding."""
+    if fits(limit):
+        return limit
+    return max(0, bisect_left(range(limit), True, key=lambda count: not fits(count)) - 1)

@@ -1,9 +1,10 @@
 """The engine: visit the logits of x @ w.T tile by tile, keep the rows' statistics, and turn tiles into gradients.
 
     for a slab of columns, for a block of rows:
-        GEMM the tile into one reused buffer                    1U
+        GEMM the tile into one reused buffer, by strips of columns     1U
         stats   merge it into the rows' running statistic
-        grad    turn it into coefficients in place, then two GEMMs: dx += c @ w, dw += c.T @ x     2U
+        for a strip of columns:
+            grad    turn it into coefficients in place, then two GEMMs: dx += c @ w, dw += c.T @ x     2U
 
 Both losses, every strategy and every device run this one loop; ``plan`` decides the blocks, ``kernels`` do the tiles,
 the vendor's library does the GEMMs. Shape suffixes: N rows, M columns, D features, r a block of rows, s a slab.
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cosup import gemm
 from cosup.kernels import native, reference
 from cosup.kernels.reference import RowState
 from cosup.plan import Cost, Plan, padded
@@ -29,6 +31,7 @@ BACKENDS = ("auto", "reference", "native", "triton")
 DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+STRIP = 1 << 20  # elements multiplied at once on a CPU: about what its cache holds
 REFERENCE_COPIES = 6  # tiles that the PyTorch kernels hold at once, by count of their temporaries
 
 
@@ -68,7 +71,8 @@ def walk(p: Problem, plan: Plan, backend: str, *, max_sum: tuple[Tensor, Tensor]
     several_rows, several_cols = plan.block_rows < n, plan.block_cols < m
     if rank and several_cols:
         _target_logits(p, state, plan)
-    tile_buffer, half_buffer = _buffers(p, plan)
+    rows, cols = min(plan.block_rows, n), padded(plan.block_cols)
+    tile_buffer = torch.empty(rows, cols, dtype=stats_dtype, device=x.device)
     if a is not None and b is not None:
         assert max_sum is not None or not several_cols
         a, b = a * p.scale, b * p.scale  # the chain from u = scale * dot to dot
@@ -78,37 +82,34 @@ def walk(p: Problem, plan: Plan, backend: str, *, max_sum: tuple[Tensor, Tensor]
     dw = (torch.zeros_like if idle else torch.empty_like)(w, **_CONTIGUOUS) if need_w else None
     dbias = torch.zeros(m, dtype=stats_dtype, device=x.device) if need_bias else None
     dx_sum = _accumulator(dx, n, several_cols)
-    for s in _spans(m, plan.block_cols):
-        w_s = w[s]
+    for s in _spans(0, m, plan.block_cols):
         dw_sum = _accumulator(dw, s.stop - s.start, several_rows)
-        for r in _spans(n, plan.block_rows):
+        dw_s = dw_sum if dw_sum is not None else None if dw is None else dw[s]
+        for r in _spans(0, n, plan.block_rows):
             x_r = _take(p, r)
-            tile = tile_buffer[: r.stop - r.start, : s.stop - s.start]
-            half = None if half_buffer is None else half_buffer[: r.stop - r.start, : s.stop - s.start]
-            _dots(x_r, w_s, tile, half)
-            features = (s.start, p.target[r], p.scale, _slice(p.bias, s), _slice(p.row_id, r), _slice(p.col_id, s),
-                        p.softcap)  # fmt: skip
+            strips = [_strip(p, r, c, tile_buffer, s.start) for c in _spans(s.start, s.stop, plan.strip_cols)]
+            for c, tile, _ in strips:
+                gemm.dots(x_r, w[c], tile)
             if max_sum is None:
+                _, tile, features = _strip(p, r, s, tile_buffer, s.start)
                 tile_stats(tile, state.rows(r), *features)
             if a is None or b is None:
                 continue
             max_r, sum_r = (state.max[r], state.sum[r]) if max_sum is None else (max_sum[0][r], max_sum[1][r])
             a_r = torch.where(a[r] == 0, 0.0, a[r] / sum_r)
-            coef = _coefficients(tile_grad, tile, half, max_r, a_r, b[r], features)
-            if dx_sum is not None:
-                _add(dx_sum[r], coef, w_s, first=s.start == 0)
-            elif dx is not None and p.rows is not None:
-                dx.index_add_(0, p.rows[r], coef @ w_s)
-            elif dx is not None:
-                _add(dx[r], coef, w_s, first=s.start == 0)
-            if dw is not None:
-                _add(dw[s] if dw_sum is None else dw_sum, coef.mT, x_r, first=r.start == 0)
-            if dbias is not None:
-                dbias[s] += (coef if tile.is_cuda else tile).sum(0, dtype=stats_dtype)
+            dx_r, apart = _rows_total(p, r, dx, dx_sum, len(strips) > 1)
+            for c, tile, features in strips:
+                coef = _coefficients(tile_grad, tile, x.dtype, max_r, a_r, b[r], features)
+                if dx_r is not None:
+                    gemm.add(dx_r, coef, w[c], first=c.start == (s.start if apart else 0))
+                if dw_s is not None:
+                    gemm.add(dw_s[c.start - s.start : c.stop - s.start], coef.mT, x_r, first=r.start == 0)
+                if dbias is not None:
+                    dbias[c] += (coef if tile.is_cuda else tile).sum(0, dtype=stats_dtype)
+            if dx is not None and dx_r is not None and (apart or (dx_sum is not None and s.stop == m)):
+                dx.index_add_(0, p.rows[r], dx_r.to(dx.dtype)) if p.rows is not None else dx[r].copy_(dx_r)
         if dw is not None and dw_sum is not None:
             dw[s] = dw_sum
-    if dx is not None and dx_sum is not None:
-        dx[slice(None) if p.rows is None else p.rows] = dx_sum.to(dx.dtype)
     if dbias is not None:
         dbias /= p.scale
     return state, dx, dw, dbias
@@ -118,15 +119,20 @@ def cost(x: Tensor, backend: str, *, gathered: bool) -> Cost:
     """Bytes per unit that :func:`walk` holds for operands like x; ``gathered``: rows are picked or masked."""
     d, item = x.shape[1], x.element_size()
     wide = max(item, 4)
-    apart = item < 4  # 16-bit operands: gradients are summed in float32 apart
     on_cpu = x.device.type == "cpu"
-    tile = wide * (REFERENCE_COPIES if backend == "reference" else 1) + (item if apart and on_cpu else 0)
+    product = item if gemm.returns_product(x) else 0
+    sums = d * 4 if item < 4 else 0  # 16-bit gradients are summed in float32
     return Cost(
-        tile=tile,
+        strip=STRIP if on_cpu else 0,
+        features=d,
+        tile=wide * (REFERENCE_COPIES if backend == "reference" else 1),
+        dots=product,
+        coef=product * (2 if x.dtype == torch.bfloat16 else 1),  # 16-bit ones are apart; oneDNN packs them
+        product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
         row=4 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets and row numbers
-        block_row=d * item * 2 if gathered else 0,
-        table_row=d * (4 + (item + 4 if on_cpu else 0)) if apart else 0,  # on a CPU also the product and its scratch
-        query_row=d * 4 if apart else 0,
+        block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
+        table_row=sums,
+        query_row=sums,
     )
 
 
@@ -173,24 +179,19 @@ def _warn_slow() -> None:
                   stacklevel=2)  # fmt: skip
 
 
-def _spans(n: int, block: int) -> list[slice]:
-    return [slice(i, min(i + block, n)) for i in range(0, n, max(block, 1))]
+def _spans(start: int, stop: int, block: int) -> list[slice]:
+    return [slice(i, min(i + block, stop)) for i in range(start, stop, max(block, 1))]
 
 
 def _slice(vector: Tensor | None, part: slice) -> Tensor | None:
     return None if vector is None else vector[part]
 
 
-def _buffers(p: Problem, plan: Plan) -> tuple[Tensor, Tensor | None]:
-    """The tile in the dtype of the statistics, and for 16-bit operands the same in theirs: on CUDA at the front of
-    each float32 row (no further memory), on a CPU apart, since its GEMMs don't widen their output."""
-    rows, cols = min(plan.block_rows, len(p.target)), padded(plan.block_cols)
-    tile = torch.empty(rows, cols, dtype=p.scale.dtype, device=p.x.device)
-    if p.x.element_size() >= 4:
-        return tile, None
-    if not p.x.is_cuda:
-        return tile, torch.empty(rows, cols, dtype=p.x.dtype)
-    return tile, tile.view(p.x.dtype)[:, :cols]
+def _strip(p: Problem, r: slice, c: slice, tile_buffer: Tensor, start: int):
+    """Columns c of the tile of rows r, and what the tile kernels must know of them."""
+    tile = tile_buffer[: r.stop - r.start, c.start - start : c.stop - start]
+    ids = _slice(p.row_id, r), _slice(p.col_id, c)
+    return c, tile, (c.start, p.target[r], p.scale, _slice(p.bias, c), *ids, p.softcap)
 
 
 def _take(p: Problem, r: slice) -> Tensor:
@@ -204,7 +205,7 @@ def _take(p: Problem, r: slice) -> Tensor:
 def _target_logits(p: Problem, state: RowState, plan: Plan) -> None:
     """Targets' logits before the sweep, for ranks when a target may stand in a later slab; in the tile's room."""
     d = max(1, p.x.shape[1])
-    for r in _spans(len(p.target), max(1, plan.block_rows * plan.block_cols // (4 * d))):
+    for r in _spans(0, len(p.target), max(1, plan.block_rows * plan.block_cols // (4 * d))):
         target_r = p.target[r].clamp(min=0)
         product_RD = _take(p, r).to(p.scale.dtype) * p.w[target_r]
         # raised by what a GEMM may round otherwise: an equal logit must not count as above
@@ -217,40 +218,27 @@ def _target_logits(p: Problem, state: RowState, plan: Plan) -> None:
         state.target[r] = p.softcap * torch.tanh(u_r / p.softcap) if p.softcap else u_r
 
 
-def _dots(x_r: Tensor, w_s: Tensor, tile: Tensor, half: Tensor | None) -> None:
-    """tile = x_r @ w_s.T, accumulated in float32."""
-    if half is None:
-        torch.mm(x_r, w_s.mT, out=tile)
-    elif tile.is_cuda:
-        torch.mm(x_r, w_s.mT, out_dtype=tile.dtype, out=tile)
-    else:
-        torch.mm(x_r, w_s.mT, out=half)
-        tile.copy_(half)
-
-
-def _coefficients(tile_grad, tile: Tensor, half: Tensor | None, shift_r, a_r, b_r, features) -> Tensor:
-    """Gradient coefficients of a tile in the operands' dtype, in the tile's own memory or in ``half``."""
-    in_place = half is None or not tile.is_cuda
-    tile_grad(tile, tile if in_place else half, shift_r, a_r, b_r, *features)
-    if half is None:
-        return tile
-    if in_place:
-        half.copy_(tile)
-    return half
+def _coefficients(tile_grad, tile: Tensor, dtype: torch.dtype, shift_r, a_r, b_r, features) -> Tensor:
+    """Gradient coefficients of a tile in the operands' dtype: in its own memory, but for 16-bit ones on a CPU."""
+    if tile.is_cuda and tile.dtype != dtype:
+        half = tile.view(dtype)[:, : tile.shape[1]]  # at the front of each float32 row
+        tile_grad(tile, half, shift_r, a_r, b_r, *features)
+        return half
+    tile_grad(tile, tile, shift_r, a_r, b_r, *features)
+    return tile.to(dtype)
 
 
 def _accumulator(grad: Tensor | None, n: int, several: bool) -> Tensor | None:
     """Float32 sums for n rows of a 16-bit gradient that is made of several parts; None: the gradient itself will do."""
     if grad is None or not several or grad.element_size() >= 4:
         return None
-    return torch.zeros(n, grad.shape[1], dtype=torch.float32, device=grad.device)
+    return torch.empty(n, grad.shape[1], dtype=torch.float32, device=grad.device)
 
 
-def _add(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (+)= a @ b with partial sums in the dtype of ``total``; operands are never widened."""
-    if total.dtype == a.dtype:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(a @ b)
+def _rows_total(p: Problem, r: slice, dx: Tensor | None, dx_sum: Tensor | None, several: bool):
+    """Where the gradient of a block of rows is summed, and whether that is apart from ``dx`` and ``dx_sum``."""
+    if dx is None or dx_sum is not None:
+        return dx if dx_sum is None else dx_sum[r], False
+    if p.rows is None and not (several and dx.element_size() < 4):
+        return dx[r], False
+    return torch.empty(r.stop - r.start, dx.shape[1], dtype=p.scale.dtype, device=dx.device), True

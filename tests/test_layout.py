@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "plan": set(),
-    "walk": {"kernels", "plan"},
+    "gemm": set(),
+    "walk": {"kernels", "plan", "gemm"},
     "ops": {"plan", "walk"},
     "losses": {"plan", "walk", "ops"},
     "nn": {"losses"},

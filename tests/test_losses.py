@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cosup
-from cosup import co_supervision_loss, info_nce, linear_cross_entropy
+from cosup import co_supervision_loss, gemm, info_nce, linear_cross_entropy
 from cosup.kernels import native
-from cosup.plan import used
+from cosup.plan import plan, used
 from cosup.walk import cost
 
 SHAPES = [(1, 1, 2), (65, 33, 130), (130, 7, 301)]  # N, D, M: one row; ragged; more rows than features
@@ -22,15 +22,21 @@ BACKENDS_AND_SHAPES = [(b, s) for b in BACKENDS for s in SHAPES if b != "triton"
 
 @pytest.fixture(autouse=True)
 def narrow_slabs(monkeypatch):
-    """Small tables fit one slab whole, by fewer rows; the tests want several slabs."""
+    """Small tables fit one slab and one strip whole; the tests want several of each."""
+    monkeypatch.setattr("cosup.plan.MIN_ROWS", 20)
     monkeypatch.setattr("cosup.plan.SLAB_ROWS", 16)
+    monkeypatch.setattr("cosup.walk.STRIP", 256)
 
 
-def workspace(strategy, x, m, backend):
+def workspace(strategy, x, m, backend, ignored=0):
     """A budget that makes the plan take a strategy: all rows at once, blocks of whole rows, or slabs of columns."""
-    n, c = len(x), cost(x, backend, gathered=True)
-    rows, cols = {"one block": (n, m), "row blocks": (-(-n // 2), m), "slabs": (min(n, 40), -(-m // 3))}[strategy]
-    return used(n, m, rows, cols, c, True) + (0 if strategy == "one block" else 64 * c.tile)
+    n, c = len(x) - ignored, cost(x, backend, gathered=True)
+    rows, cols = {"one block": (n, m), "row blocks": (-(-n // 2), m), "slabs": (min(n, 16), -(-m // 3))}[strategy]
+    c = c._replace(strip=c.strip and 16)  # as the plan has it for such budgets
+    budget = used(n, m, rows, cols, c, True) + (0 if strategy == "one block" else 64 * c.tile)
+    p = plan(n, m, c, grads=True, weights_known=True, workspace_bytes=budget)
+    assert n <= 16 or m <= 48 or (strategy == "one block", strategy == "slabs") == (p.block_rows == n, p.block_cols < m)
+    return budget
 
 
 def check(loss, plain, inputs, exact_inputs=None):
@@ -62,7 +68,7 @@ def test_linear_cross_entropy_error(shape, reduction, strategy, backend, device)
     target[1::3] = -100
     check(
         lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, backend=backend,
-                                             workspace_bytes=workspace(strategy, x, m, backend)),
+                                             workspace_bytes=workspace(strategy, x, m, backend, len(target[1::3]))),
         lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target, reduction=reduction), (x, w, b),
     )  # fmt: skip
 
@@ -79,7 +85,7 @@ def test_sixteen_bit_error(shape, reduction, strategy, dtype, device):
     backend = "native" if device == "cpu" and native.AVAILABLE else "auto"
     check(
         lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction,
-                                             workspace_bytes=workspace(strategy, x, m, backend)),
+                                             workspace_bytes=workspace(strategy, x, m, backend, len(target[1::3]))),
         lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target, reduction=reduction), (x, w, b),
     )  # fmt: skip
     temperature = torch.tensor(0.3, device=device)
@@ -92,6 +98,13 @@ def test_sixteen_bit_error(shape, reduction, strategy, dtype, device):
     )  # fmt: skip
 
 
+@pytest.mark.skipif(not gemm.ONEDNN, reason="there is but one product here")
+def test_error_where_products_are_those_of_torch_mm(monkeypatch):
+    monkeypatch.setattr(gemm, "ONEDNN", False)
+    for strategy in ("one block", "row blocks", "slabs"):
+        test_linear_cross_entropy_error(SHAPES[2], "mean", strategy, BACKENDS[-2], "cpu")
+
+
 def test_table_gradient_over_many_blocks_is_summed_in_float32():
     """Of 512 like partial sums in bfloat16 the later ones would be lost; plain PyTorch makes one sum."""
     x, w = torch.rand(32768, 4).bfloat16(), 0.1 * torch.randn(32, 4).bfloat16()
@@ -99,6 +112,14 @@ def test_table_gradient_over_many_blocks_is_summed_in_float32():
     target = torch.randint(16, (32768,))  # half of the columns gain from every row, half lose
     check(lambda x, w: linear_cross_entropy(x, w, target, workspace_bytes=budget),
           lambda x, w: F.cross_entropy(x @ w.mT, target), (x, w))  # fmt: skip
+
+
+def test_gradient_of_rows_over_many_strips_is_summed_in_float32():
+    """As above, over 2,048 strips of columns; the target's share is left small, so that their sum is what counts."""
+    x, w = 0.1 * torch.randn(32, 4).bfloat16(), torch.rand(32768, 4).bfloat16()
+    w[:32] = 0
+    target = torch.arange(32)
+    check(lambda x, w: linear_cross_entropy(x, w, target), lambda x, w: F.cross_entropy(x @ w.mT, target), (x, w))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -200,10 +221,8 @@ def test_any_shape_stride_and_subset_of_gradients(n, d, m, reduction, layout, su
 
 def test_only_the_gradients_asked_are_computed(monkeypatch):
     """A frozen table costs no GEMM for its gradient: 2 products per tile, not 3."""
-    from cosup import walk
-
     products = []
-    monkeypatch.setattr(walk, "_add", lambda *a, real=walk._add, **k: products.append(1) or real(*a, **k))
+    monkeypatch.setattr(gemm, "add", lambda *a, real=gemm.add, **k: products.append(1) or real(*a, **k))
     x, w = torch.randn(8, 4, requires_grad=True), torch.randn(9, 4)
     info_nce(x, w, normalize=False).backward()
     assert len(products) == 1

@@ -71,15 +71,17 @@ def test_fullgraph_compile(reduction):
 
 
 @pytest.mark.skipif(not native.AVAILABLE, reason="the reference path holds further tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ignored", [0, 100])
 @pytest.mark.parametrize("reduction, budget", [("mean", 4 << 20), ("none", 2 << 20), ("none", 1 << 19)])
-def test_peak_memory_is_as_planned(reduction, budget):
+def test_peak_memory_is_as_planned(reduction, budget, ignored, dtype):
     """Tensors alive above inputs and gradients: never above the plan, and not far below it."""
     n, d, m = 1024, 64, 4096
-    x, w = (torch.randn(k, d).requires_grad_() for k in (n, m))
+    x, w = (torch.randn(k, d, dtype=dtype).requires_grad_() for k in (n, m))
     target = torch.randint(m, (n,))
-    p = plan(
-        n, m, cost(x, "native", gathered=False), grads=True, weights_known=reduction != "none", workspace_bytes=budget
-    )
+    target[:ignored] = -100
+    p = plan(n - ignored, m, cost(x, "native", gathered=ignored > 0), grads=True, weights_known=reduction != "none",
+             workspace_bytes=budget)  # fmt: skip
     loss = linear_cross_entropy(x, w, target, reduction=reduction, workspace_bytes=budget)
     torch.autograd.grad(loss.sum(), (x, w))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -91,7 +93,7 @@ def test_peak_memory_is_as_planned(reduction, budget):
             alive += event.nbytes()
             peak = max(peak, alive)
     above = peak - sum(g.nbytes for g in grads)
-    assert 0.9 * p.workspace_bytes < above < 1.05 * p.workspace_bytes
+    assert 0.9 * p.workspace_bytes < above < 1.02 * p.workspace_bytes + (64 << 10)  # oneDNN's own scratch
 
 
 def test_fake_outputs_are_as_real(device):

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cosup import gemm
 from cosup.kernels import native
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "faiss-cpu", "bm25s", "numpy")
@@ -56,7 +57,9 @@ def _optional(name: str, without: str, advice: str) -> Finding:
 
 def _native() -> Finding:
     if native.AVAILABLE:
-        return Finding("CPU kernels", f"native, {native.AVAILABLE[-1]}, {torch.get_num_threads()} threads")
+        products = "oneDNN" if gemm.ONEDNN else "torch.mm"
+        found = f"native, {native.AVAILABLE[-1]}, {torch.get_num_threads()} threads, float32 products by {products}"
+        return Finding("CPU kernels", found)
     if native.LIBRARY is not None:
         return Finding("CPU kernels", "PyTorch path: the library runs nothing on this processor", "please report it")
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "model": {"tokens", "data", "generate", "pretrained"},
     "train": {"losses", "tokens", "data", "model"},
     "evaluate": {"losses", "tokens", "data", "index", "generate", "model"},
-    "doctor": {"kernels"},
+    "doctor": {"kernels", "gemm"},
     "demo": {"data", "index", "model", "train", "evaluate", "tokens", "generate"},
     "cli": {"data", "index", "model", "train", "evaluate", "tokens", "generate", "demo", "doctor"},
 }

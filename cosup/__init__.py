@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from cosup import nn
-from cosup.losses import RowStats, co_supervision_loss, info_nce, linear_cross_entropy
+from cosup.losses import RowStats, co_supervision_loss, info_nce, linear_cross_entropy, linear_log_prob
 
 if TYPE_CHECKING:
     from cosup.index import SequenceIndex
@@ -21,6 +21,7 @@ __all__ = [
     "co_supervision_loss",
     "info_nce",
     "linear_cross_entropy",
+    "linear_log_prob",
     "nn",
 ]
 

@@ -1,6 +1,7 @@
 """The losses: short formulas over the engine, and the checks of what the user gives.
 
 linear_cross_entropy   next token:    softmax over the rows of an LM head
+linear_log_prob        the same softmax's log-probabilities and entropies, row by row
 info_nce               next sequence: softmax over the embeddings of passages
 co_supervision_loss    L = L_NTP + nsp_weight * L_NSP      (arXiv 2403.09024)
 """
@@ -15,14 +16,17 @@ from torch import Tensor
 
 from cosup import ops
 from cosup.plan import Strategy, plan
-from cosup.walk import DEFAULT_WORKSPACE, cost, resolve
+from cosup.walk import DEFAULT_WORKSPACE, RowWeights, cost, resolve
 
 REDUCTIONS = ("mean", "sum", "none")
 MODES = ("joint", "ntp", "nsp")
 
 
 class RowStats(NamedTuple):
-    """What one pass over the logits says of each row; all [N], no gradients, zeros at ignored rows."""
+    """What one pass over the logits says of each row; all [N], zeros at ignored rows.
+
+    No gradients, but for those of ``nll``, ``lse``, ``log_prob`` and ``entropy`` from :func:`linear_log_prob`.
+    """
 
     nll: Tensor  # -log p[target], nats
     lse: Tensor  # log sum exp of the logits
@@ -42,27 +46,35 @@ class CoSupervisionOutput(NamedTuple):
 
 
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
-                         reduction: str = "mean", ignore_index: int = -100, logit_scale: float = 1.0,
-                         logit_softcap: float | None = None, token_weight: Tensor | None = None,
+                         weight: Tensor | None = None, reduction: str = "mean", ignore_index: int = -100,
+                         label_smoothing: float = 0.0, z_loss: float = 0.0, logit_scale: float = 1.0,
+                         logit_softcap: float | None = None, token_weight: Tensor | None = None, shift: int = 0,
                          return_stats: bool = False, workspace_bytes: int | None = None, backend: str = "auto",
                          ) -> Tensor | tuple[Tensor, RowStats]:  # fmt: skip
     """Cross entropy of a linear layer's logits, which are never stored whole.
 
         z = logit_scale * (input @ linear_weight.T + linear_bias);  z = logit_softcap * tanh(z / logit_softcap)
-        loss = sum_n token_weight[n] * (logsumexp(z[n]) - z[n, target[n]])          over rows not ignored
+        lse[n] = logsumexp(z[n]),   t = target[n],   s = label_smoothing,   c = weight (1 without it)
+        loss[n] = (1 - s) c[t] (lse[n] - z[n, t]) + s / V sum_v c[v] (lse[n] - z[n, v]) + z_loss lse[n]^2
+        loss = sum_n token_weight[n] loss[n]          over rows not ignored
 
-    Same value and gradients as ``F.cross_entropy(z, target, ignore_index=..., reduction=...)``; ``"mean"`` divides by
-    the sum of the weights (their number without ``token_weight``). With no row left the loss and its gradients are 0.
+    Same value and gradients as ``F.cross_entropy(z, target, weight, label_smoothing=s)``. ``"mean"`` divides by
+    sum_n token_weight[n] c[target[n]]. With no row left the loss and its gradients are 0.
 
     Args:
-        input: [..., D]; float32, bfloat16, float16 or float64. Under autocast it and the weights take autocast's dtype.
-        linear_weight: [V, D], dtype and device of ``input``.
+        input: [..., D]; float32, bfloat16, float16 or float64. Under autocast it and the head take autocast's dtype.
+        linear_weight: [V, D], dtype and device of ``input``; a ``DTensor`` is gathered once.
         target: [...] int64, in [0, V) or ``ignore_index``.
         linear_bias: [V].
+        weight: [V], a weight for each class; no gradient.
         reduction: "mean", "sum" or "none" ([...], with any upstream gradient).
+        label_smoothing: In [0, 1].
+        z_loss: Weight of the squared log-sum-exp, at least 0.
         logit_scale: Positive factor of the logits.
         logit_softcap: Positive bound of the logits; None: no bound.
-        token_weight: [...] weight of each row's loss.
+        token_weight: [...] weight of each target's loss, which may ask a gradient.
+        shift: The row at t predicts ``target[..., t + shift]``: 1 for a causal model's labels, without a copy of
+            ``input``. The last ``shift`` rows are ignored.
         return_stats: Also return :class:`RowStats`, from the same pass.
         workspace_bytes: Budget beside inputs, outputs and gradients; None: 256 MiB on a CPU, 1 GiB on CUDA.
         backend: "auto", "native" (C++, CPU), "triton" (CUDA) or "reference" (PyTorch).
@@ -74,33 +86,64 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         ValueError: A wrong shape, dtype, device or option, named with what was wanted and what came.
         IndexError: A target out of range (on CUDA a device-side assertion).
 
-    Source: gradients in forward, Liger-Kernel, arXiv:2410.10989; statistics by online softmax, arXiv:1805.02867.
+    Source: gradients in forward, Liger-Kernel, arXiv:2410.10989; statistics by online softmax, arXiv:1805.02867; label
+    smoothing, arXiv:1512.00567; z-loss, arXiv:2204.02311.
     """  # fmt: skip
-    if input.ndim < 1:
-        raise ValueError(f"input must be [..., D], got {[*input.shape]}")
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
-    _check_pair("input", input, "linear_weight", linear_weight)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
+    if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0:
+        raise ValueError(f"shift must be an integer of at least 0, got {shift!r}")
+    _check_reduction(reduction)
+    head = _head(input, linear_weight, target, linear_bias, logit_scale, logit_softcap, shift, ignore_index)
     rows = input.shape[:-1]
-    _check_vector("target", target, rows, input.device, torch.int64)
-    if linear_bias is not None:
-        _check_vector("linear_bias", linear_bias, linear_weight.shape[:1], input.device, None)
     if token_weight is not None:
         _check_vector("token_weight", token_weight, rows, input.device, None)
-    if not 0 < logit_scale < float("inf"):
-        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
-    if logit_softcap is not None and not 0 < logit_softcap < float("inf"):
-        raise ValueError(f"logit_softcap must be positive and finite, got {logit_softcap}")
-    _check_reduction(reduction)
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    bias = None if linear_bias is None else linear_bias.to(dtype) * logit_scale
-    scale = torch.full((), logit_scale, dtype=dtype, device=input.device)
+        token_weight = F.pad(token_weight, (0, shift))[..., shift:].reshape(-1) if shift else token_weight.reshape(-1)
+    if weight is not None:
+        _check_vector("weight", weight, head.w.shape[:1], input.device, None)
     loss, stats = _softmax_nll(
-        input.flatten(0, -2) if input.ndim > 1 else input[None], linear_weight, target.reshape(-1), scale, bias=bias,
-        softcap=logit_softcap or 0.0, ignore_index=ignore_index, reduction=reduction, weight=token_weight,
+        head.x, head.w, head.target, head.scale, bias=head.bias, softcap=head.softcap, ignore_index=ignore_index,
+        reduction=reduction, weight=token_weight, class_weight=weight, label_smoothing=label_smoothing, z_loss=z_loss,
         rank=return_stats, workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     loss = loss.reshape(rows) if reduction == "none" else loss
-    return (loss, RowStats(*(f.reshape(rows) for f in stats))) if return_stats else loss
+    return (loss, RowStats(*(f.detach().reshape(rows) for f in stats))) if return_stats else loss
+
+
+def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+                    temperature: float = 1.0, ignore_index: int = -100, logit_scale: float = 1.0,
+                    logit_softcap: float | None = None, shift: int = 0, workspace_bytes: int | None = None,
+                    backend: str = "auto") -> RowStats:  # fmt: skip
+    """Log-probability of each target under a linear layer's softmax, and its entropy: both with gradients.
+
+        z as in :func:`linear_cross_entropy`, over temperature;   log_prob[n] = z[n, target[n]] - logsumexp(z[n])
+        entropy[n] = -sum_v p[n, v] log p[n, v]
+
+    For policy gradients and distillation: one pass over the logits now, one when gradients are asked, whichever of
+    ``log_prob``, ``nll``, ``lse`` and ``entropy`` they come from.
+
+    Args:
+        temperature: Positive divisor of the logits, after the softcap.
+        input, linear_weight, target, linear_bias, ignore_index, logit_scale, logit_softcap, shift, workspace_bytes,
+            backend: As in :func:`linear_cross_entropy`.
+
+    Returns:
+        :class:`RowStats`, each field [...], float32 (float64 for float64 input); zeros at ignored rows.
+
+    Raises:
+        ValueError, IndexError: As :func:`linear_cross_entropy`.
+    """
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    softcap = None if logit_softcap is None else logit_softcap / temperature
+    head = _head(input, linear_weight, target, linear_bias, logit_scale / temperature, softcap, shift, ignore_index)
+    _, stats = _softmax_nll(
+        head.x, head.w, head.target, head.scale, bias=head.bias, softcap=head.softcap, ignore_index=ignore_index,
+        reduction="none", rank=True, workspace_bytes=workspace_bytes, backend=backend,
+    )  # fmt: skip
+    return RowStats(*(f.reshape(input.shape[:-1]) for f in stats))
 
 
 def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *, temperature: float | Tensor = 0.05,
@@ -163,7 +206,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         query, candidates, target, scale, row_id=query_ids, col_id=candidate_ids, reduction=reduction,
         rank=return_stats, workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
-    return (loss, stats) if return_stats else loss
+    return (loss, RowStats(*(f.detach() for f in stats))) if return_stats else loss
 
 
 def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, query: Tensor, candidates: Tensor,
@@ -226,11 +269,45 @@ def _nothing(*parts: Tensor | float | None) -> Tensor:
     return torch.stack(zeros).sum()
 
 
+class _Head(NamedTuple):
+    x: Tensor  # [N, D]
+    w: Tensor  # [V, D]
+    target: Tensor  # [N]
+    scale: Tensor
+    bias: Tensor | None  # [V], scaled
+    softcap: float
+
+
+def _head(input, linear_weight, target, linear_bias, logit_scale, logit_softcap, shift, ignore_index) -> _Head:
+    """Check what the losses over a linear layer share, and lay it out for the engine."""
+    if input.ndim < 1 or (shift and input.ndim < 2):
+        raise ValueError(f"input must be {'[..., T, D] with a shift' if shift else '[..., D]'}, got {[*input.shape]}")
+    if hasattr(linear_weight, "full_tensor"):  # DTensor
+        linear_weight = linear_weight.full_tensor()
+    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    _check_pair("input", input, "linear_weight", linear_weight)
+    _check_vector("target", target, input.shape[:-1], input.device, torch.int64)
+    if linear_bias is not None:
+        _check_vector("linear_bias", linear_bias, linear_weight.shape[:1], input.device, None)
+    if not 0 < logit_scale < float("inf"):
+        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
+    if logit_softcap is not None and not 0 < logit_softcap < float("inf"):
+        raise ValueError(f"logit_softcap must be positive and finite, got {logit_softcap}")
+    if shift:
+        target = F.pad(target, (0, shift), value=ignore_index)[..., shift:]
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    bias = None if linear_bias is None else linear_bias.to(dtype) * logit_scale
+    scale = torch.full((), logit_scale, dtype=dtype, device=input.device)
+    x = input.flatten(0, -2) if input.ndim > 1 else input[None]
+    return _Head(x, linear_weight, target.reshape(-1), scale, bias, logit_softcap or 0.0)
+
+
 def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Tensor | None = None,
                  row_id: Tensor | None = None, col_id: Tensor | None = None, softcap: float = 0.0,
-                 ignore_index: int | None = None, reduction: str, weight: Tensor | None = None, rank: bool,
+                 ignore_index: int | None = None, reduction: str, weight: Tensor | None = None,
+                 class_weight: Tensor | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0, rank: bool,
                  workspace_bytes: int | None, backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
-    """Both losses: plan, run the operator that the plan asks for, reduce."""
+    """All losses: plan, run the operator that the plan asks for, reduce."""
     if not torch.compiler.is_compiling() and (_functorch_level() is not None or _forward_ad_level() >= 0):
         raise RuntimeError("cosup's losses have reverse-mode gradients only: no torch.func transform, no forward mode")
     workspace = DEFAULT_WORKSPACE.get(x.device.type, 1 << 30) if workspace_bytes is None else workspace_bytes
@@ -242,27 +319,41 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     p = plan(x.shape[0], w.shape[0], cost(x, backend, gathered=ignore_index is not None), grads=any(need[:3]),
              weights_known=known, workspace_bytes=workspace)  # fmt: skip
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
-    weight = torch.ones_like(valid, dtype=scale.dtype) if weight is None else weight.reshape(-1).to(scale.dtype)
+    weight = torch.ones_like(valid, dtype=scale.dtype) if weight is None else weight.to(scale.dtype)
     weight = weight.masked_fill(~valid, 0.0)
-    divisor = torch.ones_like(scale)
+    weights, soft, divisor = _row_weights(weight, target, w.shape[0], class_weight, label_smoothing, z_loss)
     if reduction == "mean":
-        divisor = weight.sum()
         divisor = torch.where(divisor == 0, 1.0, divisor)
+        weights = weights.map(lambda v: v / divisor)
     if p.strategy is Strategy.GRADS_IN_FORWARD:
-        loss, nll, top, exp_sum, expected, above, *_ = ops.nll_and_grads(
-            x, w, target, weight / divisor, scale, bias, row_id, col_id, softcap, ignore_index, need, workspace, backend
-        )
+        loss, nll, lse, entropy, _, _, _, above, *_ = ops.loss_and_grads(
+            x, w, target, weights.b, weights.c, weights.e, weights.q, scale, bias, row_id, col_id, soft, softcap,
+            ignore_index, need, workspace, backend,
+        )  # fmt: skip
     else:
-        nll, top, exp_sum, expected, above = ops.nll_stats(
-            x, w, target, scale, bias, row_id, col_id, softcap, ignore_index, rank, need, workspace, backend
+        nll, lse, entropy, soft_logit, _, _, above = ops.nll_stats(
+            x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index, rank, need, workspace, backend
         )
-        loss = weight * nll / divisor
+        loss = ops.row_losses(weights, nll, lse, soft_logit)
         loss = loss if reduction == "none" else loss.sum()
-    nll, top, exp_sum, expected, above = (t.detach() for t in (nll, top, exp_sum, expected, above))
-    lse = torch.where(valid, top + exp_sum.log(), 0.0)
     lost = nll.isnan()  # no logit is above a NaN: such a row is last, not first
     place = torch.where(lost, w.shape[0], above.long() + 1) * valid
-    return loss, RowStats(nll, lse, -nll, lse - expected, place, (place == 1) & ~lost)
+    return loss, RowStats(nll, lse, -nll, entropy, place, (place == 1) & ~lost)
+
+
+def _row_weights(weight, target, m, class_weight, label_smoothing, z_loss) -> tuple[RowWeights, Tensor | None, Tensor]:
+    """The formula of :func:`linear_cross_entropy` as weights of the engine's statistics; the weights of the columns in
+    the soft targets; what "mean" divides by."""
+    own = weight
+    if class_weight is not None:
+        class_weight = class_weight.detach().to(weight.dtype)
+        own = weight * class_weight[target.clamp(0, m - 1)] if m else weight
+    b, c, e, soft = own, None, None, None
+    if label_smoothing and m:
+        b, e = (1 - label_smoothing) * own, label_smoothing / m * weight
+        soft = torch.ones(m, dtype=weight.dtype, device=weight.device) if class_weight is None else class_weight
+        c = e * soft.sum()
+    return RowWeights(b, c, e, 2 * z_loss * weight if z_loss else None), soft, own.sum()
 
 
 def _functorch_level() -> int | None:

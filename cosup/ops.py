@@ -1,7 +1,7 @@
 """The engine as ``torch.library`` operators: schema, fake kernels and derivatives. ``losses`` calls these two.
 
     nll_stats      statistics now; gradients, if asked, by a second sweep once the upstream gradient is known
-    nll_and_grads  sum_n weight[n] * nll[n] and its gradients in one sweep
+    loss_and_grads a weighted sum of those statistics, and its gradients in the same sweep
 
 Both refuse targets out of range: an ``IndexError`` on a CPU, a device-side assertion (no synchronisation) on CUDA.
 """
@@ -11,18 +11,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cosup.kernels.reference import RowState
 from cosup.plan import plan
-from cosup.walk import Problem, cost, walk
+from cosup.walk import Problem, RowWeights, cost, walk
+
+STATS = 7  # what the operators give of each row: see nll_stats
 
 
-def _problem(x, w, target, scale, bias, row_id, col_id, softcap, ignore_index) -> Problem:
+def _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index) -> Problem:
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync)."""
     m = len(w)
     x, w = (t if 1 in t.stride() else t.contiguous() for t in (x, w))  # else each GEMM would copy its part
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     bad = valid & ((target < 0) | (target >= m))
-    target, bias, row_id, col_id = (t if t is None else t.contiguous() for t in (target, bias, row_id, col_id))
-    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap)
+    vectors = (target, bias, row_id, col_id, soft)
+    target, bias, row_id, col_id, soft = (t if t is None else t.contiguous() for t in vectors)
+    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft)
     if x.device.type == "cpu":
         if bad.any():
             row = int(bad.nonzero()[0])
@@ -43,9 +47,9 @@ def _plan(p: Problem, backend: str, workspace_bytes: int, grads: bool, weights_k
     return plan(len(p.target), len(p.w), c, grads=grads, weights_known=weights_known, workspace_bytes=workspace_bytes)
 
 
-def _per_row(p: Problem, state) -> tuple[Tensor, ...]:
-    """nll, maximum, sum, expected logit and columns above the target, over all N rows; zeros at ignored rows."""
-    fields = (state.nll(), state.max, state.sum, state.expected(), state.above)
+def _per_row(p: Problem, state: RowState) -> tuple[Tensor, ...]:
+    """What ``nll_stats`` gives, over all N rows; zeros at ignored rows."""
+    fields = (state.nll(), state.lse(), state.entropy(), state.soft, state.max, state.sum, state.above)
     if p.rows is not None:
         return tuple(f.new_zeros(len(p.x)).index_copy_(0, p.rows, f) for f in fields)
     if p.skip is not None:
@@ -53,46 +57,61 @@ def _per_row(p: Problem, state) -> tuple[Tensor, ...]:
     return fields
 
 
+def _picked(p: Problem, weights: RowWeights) -> RowWeights:
+    """Weights of the rows to visit, 0 in those to skip."""
+    if p.rows is not None:
+        return weights.map(lambda v: v[p.rows])
+    skip = p.skip
+    return weights if skip is None else weights.map(lambda v: v.masked_fill(skip, 0))
+
+
 @torch.library.custom_op("cosup::nll_stats", mutates_args=())
 def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
-              col_id: Tensor | None, softcap: float, ignore_index: int | None, rank: bool, need: list[bool],
-              workspace_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """nll, maximum, sum of exp(z - maximum), expected logit, columns above the target: each [N].
+              col_id: Tensor | None, soft: Tensor | None, softcap: float, ignore_index: int | None, rank: bool,
+              need: list[bool], workspace_bytes: int, backend: str,
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """nll, lse, entropy, sum_m soft[m] z[m]; maximum, sum of exp(z - maximum), columns above the target: each [N].
 
-    ``need``: which gradients a backward pass will make: of x, w, bias, scale.
+    The first four have derivatives. ``need``: which gradients a backward pass will make: of x, w, bias, scale.
     """
-    p = _problem(x, w, target, scale, bias, row_id, col_id, softcap, ignore_index)
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index)
     blocks = _plan(p, backend, workspace_bytes, grads=False, weights_known=False)
     state, *_ = walk(p, blocks, backend, rank=rank)
-    nll, top, total, expected, above = _per_row(p, state)
-    return nll, top, total, expected, above
+    return _per_row(p, state)  # type: ignore[return-value]
 
 
 @nll_stats.register_fake
 def _(x, w, target, scale, *_):
-    rows = [torch.empty_like(target, dtype=scale.dtype) for _ in range(4)]
+    return _fake_rows(target, scale)
+
+
+def _fake_rows(target, scale):
+    rows = [torch.empty_like(target, dtype=scale.dtype) for _ in range(STATS - 1)]
     return (*rows, torch.empty_like(target, dtype=torch.int32))
 
 
 @torch.library.custom_op("cosup::nll_stats_backward", mutates_args=())
-def nll_stats_backward(grad_nll: Tensor, top: Tensor, total: Tensor, x: Tensor, w: Tensor, target: Tensor,
-                       scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None, softcap: float,
-                       ignore_index: int | None, need: list[bool], workspace_bytes: int, backend: str,
-                       ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dw, dbias for an upstream gradient of nll; empty where not needed."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, softcap, ignore_index)
+def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None, grad_soft: Tensor | None,
+                       entropy: Tensor, top: Tensor, total: Tensor, x: Tensor, w: Tensor, target: Tensor,
+                       scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
+                       soft: Tensor | None, softcap: float, ignore_index: int | None, need: list[bool],
+                       workspace_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dw, dbias for upstream gradients of what ``nll_stats`` gives; empty where not needed."""
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index)
     blocks = _plan(p, backend, workspace_bytes, grads=True, weights_known=False)
-    a = grad_nll
-    if p.rows is not None:
-        top, total, a = top[p.rows], total[p.rows], a[p.rows]
-    elif p.skip is not None:
-        a = a.masked_fill(p.skip, 0)
-    _, *grads = walk(p, blocks, backend, max_sum=(top, total), a=a, b=a, need=(need[0], need[1], need[2]))
+    soft_weight = None if grad_soft is None else -grad_soft
+    weights = _picked(p, RowWeights(grad_nll, grad_lse, soft_weight, None, grad_entropy))
+    rows = slice(None) if p.rows is None else p.rows
+    top, total, entropy = top[rows], total[rows], entropy[rows]
+    dot = torch.where(total == 0, 0.0, (total.log() - entropy) * total)  # no sum: an ignored row
+    known = RowState(top, total, dot, top, top, target)  # a gradient reads the first three
+    _, *grads = walk(p, blocks, backend, known=known, weights=weights, need=(need[0], need[1], need[2]))
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
 @nll_stats_backward.register_fake
-def _(grad_nll, top, total, x, w, target, scale, bias, row_id, col_id, softcap, ignore_index, need, *_):
+def _(grad_nll, grad_lse, grad_entropy, grad_soft, entropy, top, total, x, w, target, scale, bias, row_id, col_id, soft,
+      softcap, ignore_index, need, *_):  # fmt: skip
     return _fake_grads(x, w, scale, need)
 
 
@@ -104,81 +123,103 @@ def _fake_grads(x, w, scale, need):
 
 def _stats_context(ctx, inputs, output):
     *tensors, ctx.softcap, ctx.ignore_index, _, ctx.need, ctx.workspace_bytes, ctx.backend = inputs
-    nll, top, total, expected, _ = output
-    ctx.save_for_backward(*tensors, nll, top, total, expected)
+    ctx.save_for_backward(*tensors, *output[:6])
+    ctx.mark_non_differentiable(*output[4:])
     ctx.set_materialize_grads(False)
 
 
-def _stats_backward(ctx, grad_nll, *_):
-    _once(grad_nll)
-    x, w, target, scale, bias, row_id, col_id, nll, top, total, expected = ctx.saved_tensors
+def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, *_):
+    grads = (grad_nll, grad_lse, grad_entropy, grad_soft)
+    _once(*grads)
+    x, w, target, scale, bias, row_id, col_id, soft, nll, lse, entropy, soft_logit, top, total = ctx.saved_tensors
     dx = dw = dbias = dscale = None
-    if grad_nll is None:
-        return 13 * (None,)
+    if all(g is None for g in grads):
+        return 14 * (None,)
     if any(ctx.need[:3]):
-        grads = nll_stats_backward(grad_nll, top, total, x, w, target, scale, bias, row_id, col_id, ctx.softcap,
-                                   ctx.ignore_index, ctx.need, ctx.workspace_bytes, ctx.backend)  # fmt: skip
-        dx, dw, dbias = (g if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
+        grad_nll = torch.zeros_like(nll) if grad_nll is None else grad_nll
+        tensors = (entropy, top, total, x, w, target, scale, bias, row_id, col_id, soft)
+        options = (ctx.softcap, ctx.ignore_index, ctx.need, ctx.workspace_bytes, ctx.backend)
+        found = nll_stats_backward(grad_nll, grad_lse, grad_entropy, grad_soft, *tensors, *options)
+        dx, dw, dbias = (g if wanted else None for g, wanted in zip(found, ctx.need, strict=False))
     if ctx.need[3]:
-        dscale = _scale_grad(grad_nll, nll, top, total, expected, scale)
-    return dx, dw, None, dscale, dbias, *8 * [None]
+        if grad_entropy is not None:
+            raise RuntimeError("the entropy has no gradient of the temperature")
+        weights = RowWeights(torch.zeros_like(nll) if grad_nll is None else grad_nll, grad_lse,
+                             None if grad_soft is None else -grad_soft)  # fmt: skip
+        dscale = _scale_grad(weights, nll, lse, entropy, soft_logit, scale)
+    return dx, dw, None, dscale, dbias, *9 * [None]
 
 
-def _once(grad: Tensor | None) -> None:
-    if torch.is_grad_enabled() and grad is not None and not torch.compiler.is_compiling():
+def _once(*grads: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(g is not None for g in grads) and not torch.compiler.is_compiling():
         raise RuntimeError("cosup's losses have first derivatives only: create_graph=True is not supported")
 
 
-def _scale_grad(grad_nll, nll, top, total, expected, scale):
-    """d nll / d scale = (expected logit - target logit) / scale: logits are linear in scale wherever this is asked."""
-    target_logit = top + total.log() - nll
-    rows = torch.where(total == 0, 0.0, expected - target_logit)  # no sum: an ignored row
-    return (grad_nll * rows).sum() / scale
+def _scale_grad(v: RowWeights, nll, lse, entropy, soft_logit, scale):
+    """d loss / d scale = sum_m dz[m] z[m] / scale: logits are linear in scale wherever this is asked."""
+    rows = v.b * (nll - entropy)  # E[z] - z[target]
+    if v.c is not None:
+        rows = rows + v.c * (lse - entropy)
+    if v.q is not None:
+        rows = rows + v.q * lse * (lse - entropy)
+    if v.e is not None:
+        rows = rows - v.e * soft_logit
+    return rows.sum() / scale
 
 
 nll_stats.register_autograd(_stats_backward, setup_context=_stats_context)
 
 
-@torch.library.custom_op("cosup::nll_and_grads", mutates_args=())
-def nll_and_grads(x: Tensor, w: Tensor, target: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None,
-                  row_id: Tensor | None, col_id: Tensor | None, softcap: float, ignore_index: int | None,
-                  need: list[bool], workspace_bytes: int, backend: str,
-                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """sum_n weight[n] nll[n], then what ``nll_stats`` gives, then dx, dw, dbias of the sum (empty where not needed)."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, softcap, ignore_index)
+@torch.library.custom_op("cosup::loss_and_grads", mutates_args=())
+def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | None, e: Tensor | None,
+                   q: Tensor | None, scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
+                   soft: Tensor | None, softcap: float, ignore_index: int | None, need: list[bool],
+                   workspace_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                                                Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum of :func:`row_losses`, what ``nll_stats`` gives, and the sum's dx, dw, dbias (empty if not needed)."""
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index)
     blocks = _plan(p, backend, workspace_bytes, grads=True, weights_known=True)
-    a = weight if p.rows is None else weight[p.rows]
-    if p.skip is not None:
-        a = a.masked_fill(p.skip, 0)
-    state, *grads = walk(p, blocks, backend, a=a, b=a, need=(need[0], need[1], need[2]))
-    nll, top, total, expected, above = _per_row(p, state)
+    weights = RowWeights(b, c, e, q)
+    state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), need=(need[0], need[1], need[2]))
+    rows = _per_row(p, state)
     dx, dw, dbias = (x.new_empty(0) if g is None else g for g in grads)
-    return (weight * nll).sum(), nll, top, total, expected, above, dx, dw, dbias
+    return row_losses(weights, rows[0], rows[1], rows[3]).sum(), *rows, dx, dw, dbias  # type: ignore[return-value]
 
 
-@nll_and_grads.register_fake
-def _(x, w, target, weight, scale, bias, row_id, col_id, softcap, ignore_index, need, *_):
-    rows = [torch.empty_like(target, dtype=scale.dtype) for _ in range(4)]
-    above = torch.empty_like(target, dtype=torch.int32)
-    return torch.empty_like(scale), *rows, above, *_fake_grads(x, w, scale, need)
+def row_losses(v: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor) -> Tensor:
+    """b nll + c lse - e sum_m soft[m] z[m] + q lse^2 / 2 of each row."""
+    loss = v.b * nll
+    if v.c is not None:
+        loss = loss + v.c * lse
+    if v.e is not None:
+        loss = loss - v.e * soft_logit
+    return loss if v.q is None else loss + v.q * lse.square() / 2
+
+
+@loss_and_grads.register_fake
+def _(x, w, target, b, c, e, q, scale, bias, row_id, col_id, soft, softcap, ignore_index, need, *_):
+    return torch.empty_like(scale), *_fake_rows(target, scale), *_fake_grads(x, w, scale, need)
 
 
 def _grads_context(ctx, inputs, output):
-    weight, scale, ctx.need = inputs[3], inputs[4], inputs[10]
-    _, nll, top, total, expected, _, *grads = output
-    ctx.save_for_backward(weight, scale, nll, top, total, expected, *grads)
+    *_, ctx.need, _, _ = inputs
+    ctx.save_for_backward(*inputs[3:8], *output[1:5], *output[8:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _grads_backward(ctx, grad_loss, *_):
     _once(grad_loss)
-    weight, scale, nll, top, total, expected, *grads = ctx.saved_tensors
+    b, c, e, q, scale, nll, lse, entropy, soft_logit, *grads = ctx.saved_tensors
     if grad_loss is None:
-        return 13 * (None,)
+        return 17 * (None,)
     dx, dw, dbias = (_scaled(g, grad_loss) if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
-    dscale = _scale_grad(grad_loss * weight, nll, top, total, expected, scale) if ctx.need[3] else None
-    dweight = grad_loss * nll if ctx.needs_input_grad[3] else None
-    return dx, dw, None, dweight, dscale, dbias, *7 * [None]
+    dscale = None
+    if ctx.need[3]:
+        dscale = grad_loss * _scale_grad(RowWeights(b, c, e, q), nll, lse, entropy, soft_logit, scale)
+    rows = (nll, lse, -soft_logit, lse.square() / 2)
+    dweights = [grad_loss * r if wanted else None for r, wanted in zip(rows, ctx.needs_input_grad[3:7], strict=True)]
+    return dx, dw, None, *dweights, dscale, dbias, *8 * [None]
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
@@ -195,4 +236,4 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     return grad.mul_(factor)
 
 
-nll_and_grads.register_autograd(_grads_backward, setup_context=_grads_context)
+loss_and_grads.register_autograd(_grads_backward, setup_context=_grads_context)

@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,38 +45,58 @@ class Problem(NamedTuple):
     row_id: Tensor | None = None  # [N] int64
     col_id: Tensor | None = None  # [M] int64
     softcap: float = 0.0
+    soft: Tensor | None = None  # [M], column weights of the soft targets
     rows: Tensor | None = None  # [n <= N] int64, the rows to visit; None: all of them
     skip: Tensor | None = None  # [N] bool, rows visited whose contents must not matter; None: none
 
 
-def walk(p: Problem, plan: Plan, backend: str, *, max_sum: tuple[Tensor, Tensor] | None = None,
-         a: Tensor | None = None, b: Tensor | None = None, need: tuple[bool, bool, bool] = (False, False, False),
-         rank: bool = False):  # fmt: skip
+class RowWeights(NamedTuple):
+    """Weights of a row in the loss, each [N]: b nll + c lse - e sum_m soft[m] z[m] + q lse^2 / 2 + h entropy.
+
+    So dz[n, m] = (b + c + q lse - h (log p[n, m] + entropy)) p[n, m] - b [m == target] - e soft[m].
+    """
+
+    b: Tensor
+    c: Tensor | None = None
+    e: Tensor | None = None
+    q: Tensor | None = None
+    h: Tensor | None = None
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> RowWeights:
+        b, *others = self
+        return RowWeights(f(b), *(None if v is None else f(v) for v in others))
+
+    def rows(self, r: slice) -> RowWeights:
+        return self.map(lambda v: v[r])
+
+
+def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = None, known: RowState | None = None,
+         need: tuple[bool, bool, bool] = (False, False, False), rank: bool = False):  # fmt: skip
     """One sweep over all tiles. Vectors over rows are over ``p.rows`` where those are given.
 
     Args:
-        max_sum: Final maximum and sum of exponentials of each row; None: this sweep computes the statistics.
-        a, b: Gradient coefficients, ``dz = a * p - b * [m == target]``; None: no gradients. Without ``max_sum`` every
-            tile must hold whole rows.
+        weights: Weights of the rows in the loss whose gradients are asked; None: no gradients.
+        known: Final max, sum and dot of each row; None: this sweep computes the statistics. Without it, gradients need
+            tiles of whole rows.
         need: Which gradients to make: of x, w, bias.
         rank: Whether ``RowState.above`` will be read.
 
     Returns:
-        RowState (empty where ``max_sum`` was given), dx [N, D], dw [M, D], dbias [M]; a gradient not asked is None.
+        RowState (``known`` where that was given), dx [N, D], dw [M, D], dbias [M]; a gradient not asked is None.
     """
     x, w = p.x, p.w
     n, m = len(p.target), len(w)
     stats_dtype = p.scale.dtype
     tile_stats, tile_grad = tile_kernels(backend, x)
-    state = RowState.empty(n if max_sum is None else 0, p.scale)
+    state = RowState.empty(n, p.scale) if known is None else known
     several_rows, several_cols = plan.block_rows < n, plan.block_cols < m
     if rank and several_cols:
         _target_logits(p, state, plan)
     rows, cols = min(plan.block_rows, n), padded(plan.block_cols)
     tile_buffer = torch.empty(rows, cols, dtype=stats_dtype, device=x.device)
-    if a is not None and b is not None:
-        assert max_sum is not None or not several_cols
-        a, b = a * p.scale, b * p.scale  # the chain from u = scale * dot to dot
+    if weights is not None:
+        assert known is not None or not several_cols
+        weights = weights.map(lambda v: v * p.scale)  # the chain from u = scale * dot to dot
     need_x, need_w, need_bias = need
     idle = n == 0 or m == 0
     dx = (torch.zeros_like if idle or p.rows is not None else torch.empty_like)(x, **_CONTIGUOUS) if need_x else None
@@ -90,16 +111,15 @@ def walk(p: Problem, plan: Plan, backend: str, *, max_sum: tuple[Tensor, Tensor]
             strips = [_strip(p, r, c, tile_buffer, s.start) for c in _spans(s.start, s.stop, plan.strip_cols)]
             for c, tile, _ in strips:
                 gemm.dots(x_r, w[c], tile)
-            if max_sum is None:
+            if known is None:
                 _, tile, features = _strip(p, r, s, tile_buffer, s.start)
                 tile_stats(tile, state.rows(r), *features)
-            if a is None or b is None:
+            if weights is None:
                 continue
-            max_r, sum_r = (state.max[r], state.sum[r]) if max_sum is None else (max_sum[0][r], max_sum[1][r])
-            a_r = torch.where(a[r] == 0, 0.0, a[r] / sum_r)
+            coefficients = _row_coefficients(weights.rows(r), state.rows(r))
             dx_r, apart = _rows_total(p, r, dx, dx_sum, len(strips) > 1)
             for c, tile, features in strips:
-                coef = _coefficients(tile_grad, tile, x.dtype, max_r, a_r, b[r], features)
+                coef = _coefficients(tile_grad, tile, x.dtype, state.max[r], coefficients, features)
                 if dx_r is not None:
                     gemm.add(dx_r, coef, w[c], first=c.start == (s.start if apart else 0))
                 if dw_s is not None:
@@ -129,7 +149,7 @@ def cost(x: Tensor, backend: str, *, gathered: bool) -> Cost:
         dots=product,
         coef=product * (2 if x.dtype == torch.bfloat16 else 1),  # 16-bit ones are apart; oneDNN packs them
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
-        row=4 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets and row numbers
+        row=5 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets and row numbers
         block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
         table_row=sums,
         query_row=sums,
@@ -191,7 +211,7 @@ def _strip(p: Problem, r: slice, c: slice, tile_buffer: Tensor, start: int):
     """Columns c of the tile of rows r, and what the tile kernels must know of them."""
     tile = tile_buffer[: r.stop - r.start, c.start - start : c.stop - start]
     ids = _slice(p.row_id, r), _slice(p.col_id, c)
-    return c, tile, (c.start, p.target[r], p.scale, _slice(p.bias, c), *ids, p.softcap)
+    return c, tile, (c.start, p.target[r], p.scale, _slice(p.bias, c), *ids, p.softcap, _slice(p.soft, c))
 
 
 def _take(p: Problem, r: slice) -> Tensor:
@@ -218,13 +238,29 @@ def _target_logits(p: Problem, state: RowState, plan: Plan) -> None:
         state.target[r] = p.softcap * torch.tanh(u_r / p.softcap) if p.softcap else u_r
 
 
-def _coefficients(tile_grad, tile: Tensor, dtype: torch.dtype, shift_r, a_r, b_r, features) -> Tensor:
+def _row_coefficients(v: RowWeights, state: RowState) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """a, b, e, h of ``tile_grad``, with log p + entropy = (z - max) - E[z - max]."""
+    a = v.b if v.c is None else v.b + v.c
+    if v.q is not None:
+        a = a + v.q * state.lse()
+    if v.h is not None:
+        a = a + _over(v.h * state.dot, state.sum)
+    return _over(a, state.sum), v.b, v.e, None if v.h is None else -_over(v.h, state.sum)
+
+
+def _over(weight: Tensor, total: Tensor) -> Tensor:
+    """weight / total; 0 in an ignored row, which has neither."""
+    return torch.where(weight == 0, 0.0, weight / total)
+
+
+def _coefficients(tile_grad, tile: Tensor, dtype: torch.dtype, shift_r, coefficients, features) -> Tensor:
     """Gradient coefficients of a tile in the operands' dtype: in its own memory, but for 16-bit ones on a CPU."""
+    a_r, b_r, e_r, h_r = coefficients
     if tile.is_cuda and tile.dtype != dtype:
         half = tile.view(dtype)[:, : tile.shape[1]]  # at the front of each float32 row
-        tile_grad(tile, half, shift_r, a_r, b_r, *features)
+        tile_grad(tile, half, shift_r, a_r, b_r, *features, e_r, h_r)
         return half
-    tile_grad(tile, tile, shift_r, a_r, b_r, *features)
+    tile_grad(tile, tile, shift_r, a_r, b_r, *features, e_r, h_r)
     return tile.to(dtype)
 
 

@@ -27,17 +27,17 @@ class RowState(NamedTuple):
 
     max: Tensor  # [N] largest logit so far
     sum: Tensor  # [N] sum of exp(z - max)
-    dot: Tensor  # [N] sum of exp(z - max) * z
+    dot: Tensor  # [N] sum of exp(z - max) * (z - max)
     target: Tensor  # [N] logit of the target, NaN until seen
+    soft: Tensor  # [N] sum of soft[m] * z[m], for column weights soft
     above: Tensor  # [N] int32, columns other than the target whose logit is above it
 
     @classmethod
     def empty(cls, n: int, like: Tensor) -> RowState:
         dtype = torch.promote_types(like.dtype, torch.float32)
-        top, total, dot, target = (
-            torch.full((n,), v, dtype=dtype, device=like.device) for v in (float("-inf"), 0.0, 0.0, float("nan"))
-        )
-        return cls(top, total, dot, target, torch.zeros(n, dtype=torch.int32, device=like.device))
+        fills = (float("-inf"), 0.0, 0.0, float("nan"), 0.0)
+        top, total, dot, target, soft = (torch.full((n,), v, dtype=dtype, device=like.device) for v in fills)
+        return cls(top, total, dot, target, soft, torch.zeros(n, dtype=torch.int32, device=like.device))
 
     def rows(self, r: slice) -> RowState:
         return RowState(*(field[r] for field in self))
@@ -46,9 +46,12 @@ class RowState(NamedTuple):
         """lse - target, with the two large numbers subtracted before the small one is added."""
         return self.sum.log() + (self.max - self.target)
 
-    def expected(self) -> Tensor:
-        """Mean logit under the softmax, sum_m p[n, m] z[n, m]."""
-        return self.dot / self.sum
+    def lse(self) -> Tensor:
+        return self.max + self.sum.log()
+
+    def entropy(self) -> Tensor:
+        """-sum_m p log p = log(sum) - E[z - max]."""
+        return self.sum.log() - self.dot / self.sum
 
 
 def logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap) -> tuple[Tensor, Tensor]:
@@ -64,7 +67,9 @@ def logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap) -
     return z_RS, hit_RS
 
 
-def tile_stats(dot_RS, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0):
+def tile_stats(
+    dot_RS, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0, soft_S=None
+):
     """Merge a tile into the running statistic of its rows, in place. The tile is left as it is."""
     z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap)
     own_R = torch.where(hit_RS, z_RS, 0.0).sum(1)
@@ -74,22 +79,34 @@ def tile_stats(dot_RS, state: RowState, col0, target_R, scale, bias_S=None, row_
     safe_R = torch.where(new_R == float("-inf"), 0.0, new_R)  # a tile of -inf alone
     e_RS = torch.exp(z_RS - safe_R[:, None])
     decay_R = torch.exp(state.max - safe_R)
+    lag_R = torch.where(state.sum == 0, 0.0, state.sum * (state.max - safe_R))
+    state.dot.add_(lag_R).mul_(decay_R).add_(torch.where(e_RS == 0, 0.0, e_RS * (z_RS - safe_R[:, None])).sum(1))
     state.sum.mul_(decay_R).add_(e_RS.sum(1))
-    state.dot.mul_(decay_R).add_(torch.where(e_RS == 0, 0.0, e_RS * z_RS).sum(1))
     state.max.copy_(new_R)
+    if soft_S is not None:
+        state.soft.add_(torch.where(z_RS == float("-inf"), 0.0, soft_S * z_RS).sum(1))
 
 
 def tile_grad(
-    dot_RS, out_RS, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0
-):
-    """out[r, s] = (a[r] * exp(z[r, s] - shift[r]) - b[r] * [col0 + s == target[r]]) * dz/du: the gradient of u.
+    dot_RS, out_RS, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0,
+    soft_S=None, e_R=None, h_R=None
+):  # fmt: skip
+    """The gradient of u: coefficients of a row times what stands in a column, times dz/du.
+
+        out[r, s] = ((a[r] + h[r] (z - shift[r])) exp(z - shift[r]) - b[r] [col0 + s == target[r]] - e[r] soft[s]) dz/du
 
     With ``shift`` the row's maximum and ``a`` divided by the row's sum the first term is a multiple of the softmax,
-    more exact than exp(z - lse). Rows with a == b == 0 are zero whatever their logits are. ``out_RS`` may share
-    memory with ``dot_RS``; the target term is subtracted before rounding to its dtype.
+    more exact than exp(z - lse). ``e`` serves label smoothing, ``h`` the entropy; None: 0. Rows with a == b == 0 are
+    zero whatever their logits are. ``out_RS`` may share memory with ``dot_RS``; the target term is subtracted before
+    rounding to its dtype.
     """
     z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap)
-    c_RS = a_R[:, None] * torch.exp(z_RS - shift_R[:, None]) - torch.where(hit_RS, b_R[:, None], 0.0)
+    excess_RS = z_RS - shift_R[:, None]
+    exp_RS = torch.exp(excess_RS)
+    a_RS = a_R[:, None] if h_R is None else a_R[:, None] + h_R[:, None] * excess_RS
+    c_RS = torch.where(exp_RS == 0, 0.0, a_RS * exp_RS) - torch.where(hit_RS, b_R[:, None], 0.0)
+    if soft_S is not None:
+        c_RS = c_RS - e_R[:, None] * soft_S
     if softcap:
         c_RS = c_RS * (1 - (z_RS / softcap) ** 2)
     if row_id_R is not None:

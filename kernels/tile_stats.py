@@ -42,9 +42,10 @@ def tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, col
 
 
 @triton.jit
-def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_ptr, above_ptr, target_ptr, scale_ptr,
-                  bias_ptr, row_id_ptr, col_id_ptr, col0, S, softcap, HAS_BIAS: tl.constexpr,
-                  HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_ptr, softdot_ptr, above_ptr, target_ptr,
+                  scale_ptr, bias_ptr, row_id_ptr, col_id_ptr, col0, S, softcap, soft_ptr, HAS_BIAS: tl.constexpr,
+                  HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SOFT: tl.constexpr,
+                  BLOCK_S: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     dot_ptr += row * stride_R
     scale = tl.load(scale_ptr)
@@ -59,6 +60,7 @@ def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_pt
     run_max = tl.load(max_ptr + row)
     run_sum = tl.load(sum_ptr + row)
     run_dot = tl.load(edot_ptr + row)
+    run_soft = tl.load(softdot_ptr + row)
     above = tl.load(above_ptr + row)
     for s0 in range(0, S, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
@@ -68,27 +70,33 @@ def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_pt
         safe = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far
         e = tl.exp(z - safe)
         decay = tl.exp(run_max - safe)
+        lag = tl.where(run_sum == 0, 0.0, run_sum * (run_max - safe))
+        run_dot = (run_dot + lag) * decay + tl.sum(tl.where(e == 0, 0.0, e * (z - safe)), 0)
         run_sum = run_sum * decay + tl.sum(e, 0)
-        run_dot = run_dot * decay + tl.sum(tl.where(e == 0, 0.0, e * z), 0)
+        if HAS_SOFT:
+            soft = tl.load(soft_ptr + s, s < S, other=0.0)
+            run_soft += tl.sum(tl.where(z == float("-inf"), 0.0, soft * z), 0)
         above += tl.sum(((z > threshold) & (col0 + s != target)).to(tl.int32), 0)
         run_max = new
     tl.store(max_ptr + row, run_max)
     tl.store(sum_ptr + row, run_sum)
     tl.store(edot_ptr + row, run_dot)
+    tl.store(softdot_ptr + row, run_soft)
     tl.store(above_ptr + row, above)
 
 
 def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
-               softcap=0.0):  # fmt: skip
+               softcap=0.0, soft_S=None):  # fmt: skip
     R, S = dot_RS.shape
     if R == 0 or S == 0:
         return
     unused = target_R  # a pointer that a kernel without the feature never reads
     with torch.cuda.device_of(dot_RS):  # the launch goes to the current device
         _stats_kernel[(R,)](
-            dot_RS, dot_RS.stride(0), state.max, state.sum, state.dot, state.target, state.above, target_R, scale,
+            dot_RS, dot_RS.stride(0), state.max, state.sum, state.dot, state.target, state.soft, state.above, target_R,
+            scale,
             unused if bias_S is None else bias_S, unused if row_id_R is None else row_id_R,
-            unused if col_id_S is None else col_id_S, col0, S, softcap,
+            unused if col_id_S is None else col_id_S, col0, S, softcap, unused if soft_S is None else soft_S,
             HAS_BIAS=bias_S is not None, HAS_ID=row_id_R is not None, HAS_CAP=bool(softcap),
-            BLOCK_S=min(BLOCK_S, triton.next_power_of_2(S)), num_warps=WARPS,
+            HAS_SOFT=soft_S is not None, BLOCK_S=min(BLOCK_S, triton.next_power_of_2(S)), num_warps=WARPS,
         )  # fmt: skip

@@ -4,9 +4,13 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 HAS_GPU = torch.cuda.is_available()
 os.environ.setdefault("TRITON_INTERPRET", str(int(not HAS_GPU)))  # before anything imports triton
+settings.register_profile("quick", max_examples=60)
+settings.register_profile("nightly", max_examples=500)
+settings.load_profile("quick")  # pytest --hypothesis-profile nightly asks for the other
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "plan": set(),
     "gemm": set(),
     "walk": {"kernels", "plan", "gemm"},
-    "ops": {"plan", "walk"},
+    "ops": {"kernels", "plan", "walk"},
     "losses": {"plan", "walk", "ops"},
     "nn": {"losses"},
     "tokens": set(),

@@ -122,20 +122,99 @@ def test_gradient_of_rows_over_many_strips_is_summed_in_float32():
     check(lambda x, w: linear_cross_entropy(x, w, target), lambda x, w: F.cross_entropy(x @ w.mT, target), (x, w))
 
 
+FEATURES = {
+    "plain": {},
+    "class weight": {"weight": torch.rand(130) + 0.1},
+    "label smoothing": {"label_smoothing": 0.2},
+    "z-loss": {"z_loss": 0.05},
+    "scale": {"logit_scale": 0.7},
+    "softcap": {"logit_softcap": 2.5},
+    "token weight": {"token_weight": torch.rand(5, 13)},
+    "shift": {"shift": 2},
+}
+FEATURES["all"] = {name: value for options in FEATURES.values() for name, value in options.items()}
+
+
+def formula(x, w, b, target, *, reduction, weight=None, label_smoothing=0.0, z_loss=0.0, logit_scale=1.0,
+            logit_softcap=None, token_weight=None, shift=0):  # fmt: skip
+    """The docstring of linear_cross_entropy, in PyTorch."""
+    z = logit_scale * F.linear(x, w, b)
+    if logit_softcap:
+        z = logit_softcap * torch.tanh(z / logit_softcap)
+    if shift:
+        rows = x.shape[1] - shift
+        target = torch.cat([target[:, shift:], target.new_full((len(target), shift), -100)], 1)
+        if token_weight is not None:
+            token_weight = torch.cat([token_weight[:, shift:], token_weight[:, :0].new_zeros(len(target), shift)], 1)
+        assert (target[:, rows:] == -100).all()
+    keep, z = target != -100, z.flatten(0, -2)
+    t = target.clamp(min=0).flatten()
+    weight = torch.ones_like(w[:, 0]) if weight is None else weight.to(w.dtype)
+    loss = F.cross_entropy(z, t, weight, reduction="none", label_smoothing=label_smoothing)
+    loss = (loss + z_loss * z.logsumexp(1) ** 2 if z_loss else loss).view(target.shape)
+    per_token = keep.to(w.dtype) if token_weight is None else keep * token_weight
+    loss = loss * per_token
+    return loss if reduction == "none" else loss.sum() / (per_token * weight[t].view(target.shape)).sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", ["one block", "row blocks", "slabs"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_scale_softcap_and_token_weight(reduction):
-    x, w, b, token_weight = torch.randn(30, 8), torch.randn(50, 8), torch.randn(50), torch.rand(30)
-    target = torch.randint(50, (30,))
-    target[::4] = -100
+@pytest.mark.parametrize("feature", FEATURES)
+def test_error_of_every_feature(feature, reduction, strategy, dtype, device):
+    backend = "native" if device == "cpu" and native.AVAILABLE else "auto"
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in FEATURES[feature].items()}
+    x, w, b = (torch.randn(*size, device=device).to(dtype) for size in ((5, 13, 33), (130, 33), (130,)))
+    target = torch.randint(130, (5, 13), device=device)
+    target[:, 1::4] = -100
+    budget = workspace(strategy, x.flatten(0, 1), 130, backend, int((target == -100).sum()) + 7)
+    check(lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, workspace_bytes=budget,
+                                               **options),
+          lambda x, w, b: formula(x, w, b, target, reduction=reduction, **options), (x, w, b))  # fmt: skip
 
-    def plain(x, w, b, token_weight):
-        z = 2.5 * torch.tanh(0.7 * F.linear(x, w, b) / 2.5)
-        nll = token_weight * F.cross_entropy(z, target, reduction="none")
-        return nll if reduction == "none" else nll.sum() / (token_weight * (target != -100)).sum()
 
-    check(lambda x, w, b, tw: linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, logit_scale=0.7,
-                                                   logit_softcap=2.5, token_weight=tw),
-          plain, (x, w, b, token_weight))  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", ["one block", "row blocks", "slabs"])
+@pytest.mark.parametrize("softcap", [None, 2.5])
+def test_log_prob_and_entropy_have_gradients(softcap, strategy, dtype, device):
+    backend = "native" if device == "cpu" and native.AVAILABLE else "auto"
+    x, w, b = (torch.randn(*size, device=device).to(dtype) for size in ((65, 33), (130, 33), (130,)))
+    target = torch.randint(130, (65,), device=device)
+    target[1::4] = -100
+    keep = target != -100
+
+    def plain(x, w, b):
+        z = F.linear(x, w, b)
+        z = (softcap * torch.tanh(z / softcap) if softcap else z) / 0.7
+        log_p = z.log_softmax(1)
+        own = log_p.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
+        return torch.stack([own, -(log_p.exp() * log_p).sum(1), z.logsumexp(1)]) * keep
+
+    def ours(x, w, b):
+        budget = workspace(strategy, x, 130, backend, int((~keep).sum()))
+        stats = cosup.linear_log_prob(x, w, target, linear_bias=b, temperature=0.7, logit_softcap=softcap,
+                                      workspace_bytes=budget)  # fmt: skip
+        return torch.stack([stats.log_prob, stats.entropy, stats.lse])
+
+    check(ours, plain, (x, w, b))
+
+
+def test_entropy_keeps_its_digits_at_huge_logits():
+    """Two equal columns far above the rest: the entropy is log 2, whatever their logit."""
+    x, w = torch.full((3, 1), 1e4), torch.tensor([[1.0], [1.0], [0.0]])
+    entropy = cosup.linear_log_prob(x, w, torch.zeros(3, dtype=torch.int64)).entropy
+    torch.testing.assert_close(entropy, torch.full((3,), 2.0).log())
+
+
+def test_token_weight_gets_its_gradient():
+    x, w, tw = torch.randn(6, 4), torch.randn(9, 4), torch.rand(6, requires_grad=True)
+    target = torch.tensor([0, 1, -100, 3, 4, 5])
+    options = {"label_smoothing": 0.1, "z_loss": 0.1}
+    for reduction in ("mean", "sum"):
+        loss = linear_cross_entropy(x.requires_grad_(), w, target, token_weight=tw, reduction=reduction, **options)
+        rows = linear_cross_entropy(x, w, target, reduction="none", **options) * tw
+        plain = rows.sum() / (tw * (target != -100)).sum() if reduction == "mean" else rows.sum()
+        torch.testing.assert_close(torch.autograd.grad(loss, tw), torch.autograd.grad(plain, tw))
 
 
 @pytest.mark.parametrize("strategy", ["one block", "row blocks", "slabs"])
@@ -181,14 +260,16 @@ def test_stats_come_from_the_same_pass(strategy, backend, device):
     assert not any(field.requires_grad for field in stats)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(
     n=st.integers(0, 70), d=st.integers(0, 9), m=st.integers(1, 140),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     layout=st.integers(0, 3), subset=st.integers(1, 7), ignored=st.sampled_from([0.0, 0.5, 1.0]), slabs=st.booleans(),
+    smoothing=st.sampled_from([0.0, 0.3, 1.0]), z_loss=st.sampled_from([0.0, 0.1]), weighted=st.booleans(),
     seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_any_shape_stride_and_subset_of_gradients(n, d, m, reduction, layout, subset, ignored, slabs, seed):
+def test_any_shape_stride_and_subset_of_gradients(n, d, m, reduction, layout, subset, ignored, slabs, smoothing, z_loss,
+                                                  weighted, seed):  # fmt: skip
     """float64, so that a wrong index shows and rounding does not."""
     torch.manual_seed(seed)
     make = [
@@ -204,10 +285,18 @@ def test_any_shape_stride_and_subset_of_gradients(n, d, m, reduction, layout, su
     before = [t.detach().clone() for t in tensors]
     target = torch.randint(m, (n,)).masked_fill_(torch.rand(n) < ignored, -100)
     budget = workspace("slabs", x, m, "reference") if slabs else None
-    ours = linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, workspace_bytes=budget)
-    plain = F.cross_entropy(F.linear(x, w, b), target, reduction=reduction)
+    weight = torch.rand(m).double() + 0.1 if weighted else None
+    ours = linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, workspace_bytes=budget, weight=weight,
+                                label_smoothing=smoothing, z_loss=z_loss)  # fmt: skip
+    z = F.linear(x, w, b)
+    plain = F.cross_entropy(z, target, weight, reduction=reduction, label_smoothing=smoothing)
+    keep = target != -100
+    penalty = z_loss * z.logsumexp(1) ** 2 * keep
+    divisor = 1 if weight is None else weight[target.clamp(min=0)]
+    plain = plain + (penalty if reduction == "none" else penalty.sum())
     if reduction == "mean":
-        plain = plain.nan_to_num() if not (target != -100).any() else plain
+        plain = plain - penalty.sum() + penalty.sum() / (divisor * keep).sum()
+        plain = plain.nan_to_num() if not keep.any() else plain
     torch.testing.assert_close(ours, plain)
     wanted = [t for t in tensors if t.requires_grad]
     if not (target != -100).any():
@@ -395,6 +484,12 @@ BAD_LINEAR = [
     (dict(target=T.int()), "target must be torch.int64, got torch.int32"),
     (dict(linear_bias=torch.zeros(4)), r"linear_bias must be \[5\], got \[4\]"),
     (dict(token_weight=T), "token_weight must be floating, got torch.int64"),
+    (dict(weight=torch.ones(4)), r"weight must be \[5\], got \[4\]"),
+    (dict(label_smoothing=1.5), r"label_smoothing must be in \[0, 1\], got 1.5"),
+    (dict(z_loss=-1.0), "z_loss must be at least 0 and finite, got -1.0"),
+    (dict(shift=-1), "shift must be an integer of at least 0, got -1"),
+    (dict(shift=0.5), "shift must be an integer of at least 0, got 0.5"),
+    (dict(input=X[0], target=T[0], shift=1), r"input must be \[..., T, D\] with a shift, got \[3\]"),
     (dict(reduction="avg"), "reduction must be one of .*, got 'avg'"),
     (dict(logit_scale=0.0), "logit_scale must be positive and finite, got 0.0"),
     (dict(logit_softcap=-1.0), "logit_softcap must be positive and finite, got -1.0"),

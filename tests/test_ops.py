@@ -31,16 +31,19 @@ def test_opcheck(backend):
     x, w, b = (torch.randn(*s, requires_grad=True) for s in ((7, 3), (11, 3), (11,)))
     scale, weight = torch.tensor(2.0, requires_grad=True), torch.rand(7, requires_grad=True)
     target, ids = torch.randint(11, (7,)), torch.randint(5, (11,))
-    shared = (scale, b, ids[target], ids, 0.0)
+    soft = torch.rand(11)
+    shared = (scale, b, ids[target], ids, soft, 0.0)
     end = ([True] * 4, 1 << 20, backend)
-    torch.library.opcheck(ops.nll_stats, (x, w, target, *shared, None, True, *end))
-    torch.library.opcheck(ops.nll_and_grads, (x, w, target, weight, *shared, None, *end))
+    fixed = (scale.detach(), *shared[1:])  # the entropy has no gradient of the scale
+    torch.library.opcheck(ops.nll_stats, (x, w, target, *fixed, None, True, [True] * 3 + [False], *end[1:]))
+    torch.library.opcheck(ops.loss_and_grads, (x, w, target, weight, weight, weight, weight, *shared, None, *end))
     frozen = ([True, False, False, False], 1 << 20, backend)
-    torch.library.opcheck(ops.nll_and_grads, (x, w.detach(), target, weight.detach(), scale.detach(), None, None, None,
-                                              0.0, -100, *frozen))  # fmt: skip
+    torch.library.opcheck(ops.loss_and_grads, (x, w.detach(), target, weight.detach(), None, None, None, scale.detach(),
+                                               None, None, None, None, 0.0, -100, *frozen))  # fmt: skip
     top = torch.randn(7)
     x, w, scale, weight = (t.detach() for t in (x, w, scale, weight))
-    arguments = (weight, top, weight, x, w, target, scale, None, None, None, 0.0, None, *end)
+    upstream, known = (weight, top, top, top), (weight, top, weight)
+    arguments = (*upstream, *known, x, w, target, scale, None, None, None, soft, 0.0, None, *end)
     torch.library.opcheck(ops.nll_stats_backward, arguments)
 
 

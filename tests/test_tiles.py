@@ -12,7 +12,7 @@ from cosup.kernels.tile_grad import tile_grad
 from cosup.kernels.tile_stats import tile_stats
 
 SHAPES = [(1, 1), (3, 16), (5, 130), (7, 2100)]  # one element; aligned; ragged; more than one block of columns
-FEATURES = ["plain", "bias", "ids", "softcap", "all"]
+FEATURES = ["plain", "bias", "ids", "softcap", "soft", "all"]
 
 
 def natives():
@@ -31,20 +31,17 @@ def kernels(request):
     return with_isa(native.tile_stats), with_isa(native.tile_grad), "cpu"
 
 
-def lse(state):
-    return state.max + state.sum.log()
-
-
 def tile(R, S, features, device, col0=40):
     """A tile in the middle of a table, with targets in it, left and right of it, and ids that collide."""
     dot = 5 * torch.randn(R, S + 3, device=device)[:, :S]  # rows are padded
     target = torch.randint(0, 2 * S + 80, (R,), device=device)
     target[0] = col0 + S - 1
-    on = {name: features in (name, "all") for name in ("bias", "ids", "softcap")}
+    on = {name: features in (name, "all") for name in ("bias", "ids", "softcap", "soft")}
     arguments = (
         col0, target, torch.tensor(0.7, device=device), torch.randn(S, device=device) if on["bias"] else None,
         torch.randint(4, (R,), device=device) if on["ids"] else None,
         torch.randint(4, (S,), device=device) if on["ids"] else None, 3.0 if on["softcap"] else 0.0,
+        torch.rand(S, device=device) if on["soft"] else None,
     )  # fmt: skip
     return dot, arguments
 
@@ -76,11 +73,12 @@ def test_grad_matches_the_specification(kernels, shape, features):
     dot, arguments = tile(*shape, features, device)
     state = RowState.empty(shape[0], dot)
     reference.tile_stats(dot, state, *arguments)
-    a, b = torch.randn(2, shape[0], device=device)
+    a, b, e, h = torch.randn(4, shape[0], device=device)
     a[-1] = b[-1] = 0
+    more = (e if arguments[-1] is not None else None, h if features in ("plain", "all") else None)
     want = torch.empty_like(dot)
-    reference.tile_grad(dot, want, lse(state), a, b, *arguments)
-    grad(dot, dot, lse(state), a, b, *arguments)  # in place
+    reference.tile_grad(dot, want, state.lse(), a, b, *arguments, *more)
+    grad(dot, dot, state.lse(), a, b, *arguments, *more)  # in place
     torch.testing.assert_close(dot, want, rtol=1e-5, atol=1e-6)
     assert (dot[-1] == 0).all() or shape[0] == 1
 
@@ -93,8 +91,8 @@ def test_specification_is_the_softmax(shape):
     reference.tile_stats(dot, state, col0, target, scale)
     z = (scale * dot).double()
     p = z.softmax(1)
-    torch.testing.assert_close(lse(state).double(), z.logsumexp(1))
-    torch.testing.assert_close(state.expected().double(), (p * z).sum(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.lse().double(), z.logsumexp(1))
+    torch.testing.assert_close(state.entropy().double(), -(p * p.log()).sum(1), rtol=1e-5, atol=1e-5)
     own = z.gather(1, (target - col0)[:, None])
     torch.testing.assert_close(state.target.double(), own.squeeze(1))
     assert torch.equal(state.above.long(), (z > own).sum(1))
@@ -125,10 +123,10 @@ def test_masked_tile_and_nan_row(kernels):
     state = RowState.empty(3, dot)
     stats(dot, state, 0, target, one, None, *ids)
     assert state.sum[0] == 0 and state.max[0] == float("-inf") and state.above[0] == 0
-    assert torch.isfinite(lse(state)[2])
+    assert torch.isfinite(state.lse()[2])
     state = RowState.empty(3, dot)
     stats(dot, state, 0, target, one)
-    assert lse(state).isnan().tolist() == [False, True, False]
+    assert state.lse().isnan().tolist() == [False, True, False]
     grad(dot, dot, state.max, 1 / state.sum, torch.ones(3, device=device), 0, target, one)
     assert dot.isnan().any(1).tolist() == [False, True, False]
 

@@ -25,7 +25,7 @@ CASES = [(tile_stats._stats_kernel, "*fp32"), (tile_grad._grad_kernel, "*fp32"),
          (tile_grad._grad_kernel, "*fp16")]
 for kernel, out in CASES:
     for on in (False, True):
-        constants = {"HAS_BIAS": on, "HAS_ID": on, "HAS_CAP": on, "BLOCK_S": tile_stats.BLOCK_S}
+        constants = {n: on for n in kernel.arg_names if n.startswith("HAS_")} | {"BLOCK_S": tile_stats.BLOCK_S}
         signature = {n: "constexpr" if n in constants else out if n == "out_ptr" else TYPES.get(n, "*fp32")
                      for n in kernel.arg_names}
         source = ASTSource(kernel, signature, constants, {(0,): [["tt.divisibility", 16]]})

@@ -67,6 +67,7 @@ inline float fast_tanh(float x) {
 struct Features {  // what turns an inner product into a logit
   const float* bias;
   const int64_t* col_id;
+  const float* soft;  // column weights of the soft targets
   float scale, softcap;
 };
 
@@ -102,13 +103,13 @@ float one_logit(const float* dot, int64_t at, const Features& f) {
 
 template <bool CAP>
 void stats_row(const float* dot, int64_t S, int64_t own, const Features& f, const int64_t* row_id, float& max_state,
-               float& sum_state, float& dot_state, float& target_state, int32_t& above_state) {
+               float& sum_state, float& dot_state, float& target_state, float& soft_state, int32_t& above_state) {
   const bool mine = own >= 0 && own < S;
   if (mine) target_state = one_logit<CAP>(dot, own, f);
   const float threshold = target_state;
   float z[CHUNK];
   float top = max_state;
-  double sum = sum_state, edot = dot_state;
+  double sum = sum_state, edot = dot_state, soft = soft_state;
   int64_t above = above_state;
   for (int64_t first = 0; first < S; first += CHUNK) {
     const int64_t n = std::min(CHUNK, S - first);
@@ -125,30 +126,38 @@ void stats_row(const float* dot, int64_t S, int64_t own, const Features& f, cons
     const float next = std::max(top, chunk_top);  // a NaN never wins here; it enters through the sum
     const float safe = next == -INF ? 0.f : next;
     if (next > top) {
-      const double decay = top == -INF ? 0. : std::exp(double(top) - double(next));
+      const double lag = top == -INF ? 0. : double(top) - double(next);
+      const double decay = top == -INF ? 0. : std::exp(lag);
+      edot = (edot + sum * lag) * decay;
       sum *= decay;
-      edot *= decay;
     }
     float chunk_sum = 0.f, chunk_dot = 0.f;
 #pragma omp simd reduction(+ : chunk_sum, chunk_dot)
     for (int64_t j = 0; j < n; ++j) {
       const float e = fast_exp(z[j] - safe);
       chunk_sum += e;
-      chunk_dot += e == 0.f ? 0.f : e * z[j];
+      chunk_dot += e == 0.f ? 0.f : e * (z[j] - safe);
     }
     sum += chunk_sum;
     edot += chunk_dot;
+    if (f.soft) {
+      float chunk_soft = 0.f;
+#pragma omp simd reduction(+ : chunk_soft)
+      for (int64_t j = 0; j < n; ++j) chunk_soft += z[j] == -INF ? 0.f : f.soft[first + j] * z[j];
+      soft += chunk_soft;
+    }
     top = next;
   }
   max_state = top;
   sum_state = float(sum);
   dot_state = float(edot);
+  soft_state = float(soft);
   above_state = int32_t(above);
 }
 
 template <bool CAP>
 void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Features& f, const int64_t* row_id, float shift,
-              float a, float b) {
+              float a, float b, float e, float h) {
   if (a == 0.f && b == 0.f) {
     std::fill(out, out + S, 0.f);
     return;
@@ -164,40 +173,51 @@ void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Featur
     float* c = out + first;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      const float p = a * fast_exp(z[j] - shift);
-      const float t = z[j] * inverse;
-      c[j] = CAP ? (p == 0.f ? 0.f : p * (1.f - t * t)) : p;
+      const float p = fast_exp(z[j] - shift);
+      c[j] = p == 0.f ? 0.f : (a + h * (z[j] - shift)) * p;
     }
-  }
-  if (mine) {
-    const float t = target_logit * inverse;
-    out[own] = (a * fast_exp(target_logit - shift) - b) * (CAP ? 1.f - t * t : 1.f);
+    if (f.soft) {
+      const float* soft = f.soft + first;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) c[j] -= z[j] == -INF ? 0.f : e * soft[j];
+    }
+    if (mine && own >= first && own < first + n) c[own - first] -= b;
+    if (CAP) {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) {
+        const float t = z[j] * inverse;
+        c[j] = z[j] == -INF ? 0.f : c[j] * (1.f - t * t);
+      }
+    }
   }
 }
 
 }  // namespace
 
 EXPORT void NAME(cosup_tile_stats, ISA)(const float* dot, int64_t R, int64_t S, int64_t stride, float* max, float* sum,
-                                        float* edot, float* target_logit, int32_t* above, int64_t col0,
+                                        float* edot, float* target_logit, float* softdot, int32_t* above, int64_t col0,
                                         const int64_t* target, const float* scale, const float* bias,
-                                        const int64_t* row_id, const int64_t* col_id, float softcap, int threads) {
-  const Features f{bias, col_id, *scale, softcap};
+                                        const int64_t* row_id, const int64_t* col_id, float softcap, const float* soft,
+                                        int threads) {
+  const Features f{bias, col_id, soft, *scale, softcap};
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t r = 0; r < R; ++r) {
     auto* row = softcap != 0.f ? stats_row<true> : stats_row<false>;
     row(dot + r * stride, S, target[r] - col0, f, row_id ? row_id + r : nullptr, max[r], sum[r], edot[r],
-        target_logit[r], above[r]);
+        target_logit[r], softdot[r], above[r]);
   }
 }
 
 EXPORT void NAME(cosup_tile_grad, ISA)(const float* dot, float* out, int64_t R, int64_t S, int64_t stride,
                                        const float* shift, const float* a, const float* b, int64_t col0,
                                        const int64_t* target, const float* scale, const float* bias,
-                                       const int64_t* row_id, const int64_t* col_id, float softcap, int threads) {
-  const Features f{bias, col_id, *scale, softcap};
+                                       const int64_t* row_id, const int64_t* col_id, float softcap, const float* soft,
+                                       const float* e, const float* h, int threads) {
+  const Features f{bias, col_id, soft, *scale, softcap};
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t r = 0; r < R; ++r) {
     auto* row = softcap != 0.f ? grad_row<true> : grad_row<false>;
-    row(dot + r * stride, out + r * stride, S, target[r] - col0, f, row_id ? row_id + r : nullptr, shift[r], a[r], b[r]);
+    row(dot + r * stride, out + r * stride, S, target[r] - col0, f, row_id ? row_id + r : nullptr, shift[r], a[r], b[r],
+        e ? e[r] : 0.f, h ? h[r] : 0.f);
   }
 }

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from cosup import ops
-from cosup.plan import Strategy, plan
-from cosup.walk import DEFAULT_WORKSPACE, RowWeights, cost, resolve
+from cosup.walk import DEFAULT_WORKSPACE, RowWeights, resolve
 
 REDUCTIONS = ("mean", "sum", "none")
 MODES = ("joint", "ntp", "nsp")
@@ -49,7 +49,8 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
                          weight: Tensor | None = None, reduction: str = "mean", ignore_index: int = -100,
                          label_smoothing: float = 0.0, z_loss: float = 0.0, logit_scale: float = 1.0,
                          logit_softcap: float | None = None, token_weight: Tensor | None = None, shift: int = 0,
-                         return_stats: bool = False, workspace_bytes: int | None = None, backend: str = "auto",
+                         return_stats: bool = False, process_group: ProcessGroup | None = None,
+                         workspace_bytes: int | None = None, backend: str = "auto",
                          ) -> Tensor | tuple[Tensor, RowStats]:  # fmt: skip
     """Cross entropy of a linear layer's logits, which are never stored whole.
 
@@ -76,6 +77,10 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         shift: The row at t predicts ``target[..., t + shift]``: 1 for a causal model's labels, without a copy of
             ``input``. The last ``shift`` rows are ignored.
         return_stats: Also return :class:`RowStats`, from the same pass.
+        process_group: The head's rows are split among its ranks, in rank order, evenly or not: ``linear_weight``,
+            ``linear_bias`` and ``weight`` are the part of this rank; the rest is alike on all, ``target`` among all V.
+            Loss, statistics and the gradient of ``input`` come out whole on every rank. Each call tells the others
+            how many rows are here, and waits.
         workspace_bytes: Budget beside inputs, outputs and gradients; None: 256 MiB on a CPU, 1 GiB on CUDA.
         backend: "auto", "native" (C++, CPU), "triton" (CUDA) or "reference" (PyTorch).
 
@@ -106,7 +111,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
     loss, stats = _softmax_nll(
         head.x, head.w, head.target, head.scale, bias=head.bias, softcap=head.softcap, ignore_index=ignore_index,
         reduction=reduction, weight=token_weight, class_weight=weight, label_smoothing=label_smoothing, z_loss=z_loss,
-        rank=return_stats, workspace_bytes=workspace_bytes, backend=backend,
+        rank=return_stats, process_group=process_group, workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     loss = loss.reshape(rows) if reduction == "none" else loss
     return (loss, RowStats(*(f.detach().reshape(rows) for f in stats))) if return_stats else loss
@@ -114,8 +119,8 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
 
 def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
                     temperature: float = 1.0, ignore_index: int = -100, logit_scale: float = 1.0,
-                    logit_softcap: float | None = None, shift: int = 0, workspace_bytes: int | None = None,
-                    backend: str = "auto") -> RowStats:  # fmt: skip
+                    logit_softcap: float | None = None, shift: int = 0, process_group: ProcessGroup | None = None,
+                    workspace_bytes: int | None = None, backend: str = "auto") -> RowStats:  # fmt: skip
     """Log-probability of each target under a linear layer's softmax, and its entropy: both with gradients.
 
         z as in :func:`linear_cross_entropy`, over temperature;   log_prob[n] = z[n, target[n]] - logsumexp(z[n])
@@ -126,8 +131,8 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
 
     Args:
         temperature: Positive divisor of the logits, after the softcap.
-        input, linear_weight, target, linear_bias, ignore_index, logit_scale, logit_softcap, shift, workspace_bytes,
-            backend: As in :func:`linear_cross_entropy`.
+        input, linear_weight, target, linear_bias, ignore_index, logit_scale, logit_softcap, shift, process_group,
+            workspace_bytes, backend: As in :func:`linear_cross_entropy`.
 
     Returns:
         :class:`RowStats`, each field [...], float32 (float64 for float64 input); zeros at ignored rows.
@@ -141,7 +146,7 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
     head = _head(input, linear_weight, target, linear_bias, logit_scale / temperature, softcap, shift, ignore_index)
     _, stats = _softmax_nll(
         head.x, head.w, head.target, head.scale, bias=head.bias, softcap=head.softcap, ignore_index=ignore_index,
-        reduction="none", rank=True, workspace_bytes=workspace_bytes, backend=backend,
+        reduction="none", rank=True, process_group=process_group, workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     return RowStats(*(f.reshape(input.shape[:-1]) for f in stats))
 
@@ -306,54 +311,53 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
                  row_id: Tensor | None = None, col_id: Tensor | None = None, softcap: float = 0.0,
                  ignore_index: int | None = None, reduction: str, weight: Tensor | None = None,
                  class_weight: Tensor | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0, rank: bool,
-                 workspace_bytes: int | None, backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
-    """All losses: plan, run the operator that the plan asks for, reduce."""
+                 process_group: ProcessGroup | None = None, workspace_bytes: int | None, backend: str,
+                 ) -> tuple[Tensor, RowStats]:  # fmt: skip
+    """All losses: weigh the rows, run the operator that knows their weights or the one that waits for them, reduce."""
     if not torch.compiler.is_compiling() and (_functorch_level() is not None or _forward_ad_level() >= 0):
         raise RuntimeError("cosup's losses have reverse-mode gradients only: no torch.func transform, no forward mode")
     workspace = DEFAULT_WORKSPACE.get(x.device.type, 1 << 30) if workspace_bytes is None else workspace_bytes
-    backend = resolve(backend, x)
+    backend, group = resolve(backend, x), None if process_group is None else process_group.group_name
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (x, w, bias, scale)]
     # float16 waits for the upstream gradient: p / N is below its range without a loss scale, sums over N are above it
     known = reduction != "none" and x.dtype != torch.float16
-    p = plan(x.shape[0], w.shape[0], cost(x, backend, gathered=ignore_index is not None), grads=any(need[:3]),
-             weights_known=known, workspace_bytes=workspace)  # fmt: skip
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     weight = torch.ones_like(valid, dtype=scale.dtype) if weight is None else weight.to(scale.dtype)
     weight = weight.masked_fill(~valid, 0.0)
-    weights, soft, divisor = _row_weights(weight, target, w.shape[0], class_weight, label_smoothing, z_loss)
+    weights, soft, divisor = _row_weights(weight, target, w, class_weight, label_smoothing, z_loss, group)
     if reduction == "mean":
         divisor = torch.where(divisor == 0, 1.0, divisor)
         weights = weights.map(lambda v: v / divisor)
-    if p.strategy is Strategy.GRADS_IN_FORWARD:
+    if known and any(need[:3]):
         loss, nll, lse, entropy, _, _, _, above, *_ = ops.loss_and_grads(
             x, w, target, weights.b, weights.c, weights.e, weights.q, scale, bias, row_id, col_id, soft, softcap,
-            ignore_index, need, workspace, backend,
+            ignore_index, rank, need, workspace, backend, group,
         )  # fmt: skip
     else:
         nll, lse, entropy, soft_logit, _, _, above = ops.nll_stats(
-            x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index, rank, need, workspace, backend
-        )
+            x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index, rank, need, workspace, backend,
+            group,
+        )  # fmt: skip
         loss = ops.row_losses(weights, nll, lse, soft_logit)
         loss = loss if reduction == "none" else loss.sum()
-    lost = nll.isnan()  # no logit is above a NaN: such a row is last, not first
-    place = torch.where(lost, w.shape[0], above.long() + 1) * valid
-    return loss, RowStats(nll, lse, -nll, entropy, place, (place == 1) & ~lost)
+    place = (above.long() + 1) * valid
+    return loss, RowStats(nll, lse, -nll, entropy, place, (place == 1) & ~nll.isnan())
 
 
-def _row_weights(weight, target, m, class_weight, label_smoothing, z_loss) -> tuple[RowWeights, Tensor | None, Tensor]:
+def _row_weights(weight, target, w, class_weight, label_smoothing, z_loss, group):
     """The formula of :func:`linear_cross_entropy` as weights of the engine's statistics; the weights of the columns in
     the soft targets; what "mean" divides by."""
-    own = weight
-    if class_weight is not None:
-        class_weight = class_weight.detach().to(weight.dtype)
-        own = weight * class_weight[target.clamp(0, m - 1)] if m else weight
-    b, c, e, soft = own, None, None, None
-    if label_smoothing and m:
-        b, e = (1 - label_smoothing) * own, label_smoothing / m * weight
-        soft = torch.ones(m, dtype=weight.dtype, device=weight.device) if class_weight is None else class_weight
-        c = e * soft.sum()
-    return RowWeights(b, c, e, 2 * z_loss * weight if z_loss else None), soft, own.sum()
+    b, c, e, soft = weight, None, None, None
+    if class_weight is not None or label_smoothing:
+        columns = weight.new_ones(w.shape[0]) if class_weight is None else class_weight.detach().to(weight.dtype)
+        own, total, count = ops.column_values(columns, target, group)
+        b = weight * own
+    divisor = b.sum()
+    if label_smoothing:
+        soft, e = columns, label_smoothing / count * weight
+        b, c = (1 - label_smoothing) * b, e * total
+    return RowWeights(b, c, e, 2 * z_loss * weight if z_loss else None), soft, divisor
 
 
 def _functorch_level() -> int | None:

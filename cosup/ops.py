@@ -1,7 +1,7 @@
 """The engine as ``torch.library`` operators: schema, fake kernels and derivatives. ``losses`` calls these two.
 
     nll_stats      statistics now; gradients, if asked, by a second sweep once the upstream gradient is known
-    loss_and_grads a weighted sum of those statistics, and its gradients in the same sweep
+    loss_and_grads a weighted sum of those statistics, and its gradients: in the same sweep where whole rows fit
 
 Both refuse targets out of range: an ``IndexError`` on a CPU, a device-side assertion (no synchronisation) on CUDA.
 """
@@ -11,22 +11,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cosup.distributed import shard, sum_over_ranks
 from cosup.kernels.reference import RowState
-from cosup.plan import plan
+from cosup.plan import Strategy, plan
 from cosup.walk import Problem, RowWeights, cost, walk
 
 STATS = 7  # what the operators give of each row: see nll_stats
 
 
-def _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index) -> Problem:
+def _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index, group) -> Problem:
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync)."""
-    m = len(w)
+    part = None if group is None else shard(group, len(w), x.device)
     x, w = (t if 1 in t.stride() else t.contiguous() for t in (x, w))  # else each GEMM would copy its part
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
-    bad = valid & ((target < 0) | (target >= m))
     vectors = (target, bias, row_id, col_id, soft)
     target, bias, row_id, col_id, soft = (t if t is None else t.contiguous() for t in vectors)
-    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft)
+    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, shard=part)
+    m = p.columns
+    bad = valid & ((target < 0) | (target >= m))
     if x.device.type == "cpu":
         if bad.any():
             row = int(bad.nonzero()[0])
@@ -44,12 +46,15 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_in
 def _plan(p: Problem, backend: str, workspace_bytes: int, grads: bool, weights_known: bool):
     picked = p.rows is not None or p.skip is not None
     c = cost(p.x, backend, gathered=picked)
-    return plan(len(p.target), len(p.w), c, grads=grads, weights_known=weights_known, workspace_bytes=workspace_bytes)
+    m = len(p.w) if p.shard is None else p.shard.widest  # alike on all ranks, and so are the blocks of rows
+    return plan(len(p.target), m, c, grads=grads, weights_known=weights_known, workspace_bytes=workspace_bytes)
 
 
 def _per_row(p: Problem, state: RowState) -> tuple[Tensor, ...]:
     """What ``nll_stats`` gives, over all N rows; zeros at ignored rows."""
-    fields = (state.nll(), state.lse(), state.entropy(), state.soft, state.max, state.sum, state.above)
+    nll = state.nll()
+    above = torch.where(nll.isnan(), p.columns - 1, state.above)  # none is above a NaN: such a row is last, not first
+    fields = (nll, state.lse(), state.entropy(), state.soft, state.max, state.sum, above)
     if p.rows is not None:
         return tuple(f.new_zeros(len(p.x)).index_copy_(0, p.rows, f) for f in fields)
     if p.skip is not None:
@@ -68,13 +73,13 @@ def _picked(p: Problem, weights: RowWeights) -> RowWeights:
 @torch.library.custom_op("cosup::nll_stats", mutates_args=())
 def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
               col_id: Tensor | None, soft: Tensor | None, softcap: float, ignore_index: int | None, rank: bool,
-              need: list[bool], workspace_bytes: int, backend: str,
+              need: list[bool], workspace_bytes: int, backend: str, group: str | None,
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """nll, lse, entropy, sum_m soft[m] z[m]; maximum, sum of exp(z - maximum), columns above the target: each [N].
 
     The first four have derivatives. ``need``: which gradients a backward pass will make: of x, w, bias, scale.
     """
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index)
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index, group)
     blocks = _plan(p, backend, workspace_bytes, grads=False, weights_known=False)
     state, *_ = walk(p, blocks, backend, rank=rank)
     return _per_row(p, state)  # type: ignore[return-value]
@@ -95,9 +100,10 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
                        entropy: Tensor, top: Tensor, total: Tensor, x: Tensor, w: Tensor, target: Tensor,
                        scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
                        soft: Tensor | None, softcap: float, ignore_index: int | None, need: list[bool],
-                       workspace_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                       workspace_bytes: int, backend: str, group: str | None,
+                       ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dw, dbias for upstream gradients of what ``nll_stats`` gives; empty where not needed."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index)
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index, group)
     blocks = _plan(p, backend, workspace_bytes, grads=True, weights_known=False)
     soft_weight = None if grad_soft is None else -grad_soft
     weights = _picked(p, RowWeights(grad_nll, grad_lse, soft_weight, None, grad_entropy))
@@ -122,7 +128,7 @@ def _fake_grads(x, w, scale, need):
 
 
 def _stats_context(ctx, inputs, output):
-    *tensors, ctx.softcap, ctx.ignore_index, _, ctx.need, ctx.workspace_bytes, ctx.backend = inputs
+    *tensors, ctx.softcap, ctx.ignore_index, _, ctx.need, ctx.workspace_bytes, ctx.backend, ctx.group = inputs
     ctx.save_for_backward(*tensors, *output[:6])
     ctx.mark_non_differentiable(*output[4:])
     ctx.set_materialize_grads(False)
@@ -134,11 +140,11 @@ def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, *_):
     x, w, target, scale, bias, row_id, col_id, soft, nll, lse, entropy, soft_logit, top, total = ctx.saved_tensors
     dx = dw = dbias = dscale = None
     if all(g is None for g in grads):
-        return 14 * (None,)
+        return 15 * (None,)
     if any(ctx.need[:3]):
         grad_nll = torch.zeros_like(nll) if grad_nll is None else grad_nll
         tensors = (entropy, top, total, x, w, target, scale, bias, row_id, col_id, soft)
-        options = (ctx.softcap, ctx.ignore_index, ctx.need, ctx.workspace_bytes, ctx.backend)
+        options = (ctx.softcap, ctx.ignore_index, ctx.need, ctx.workspace_bytes, ctx.backend, ctx.group)
         found = nll_stats_backward(grad_nll, grad_lse, grad_entropy, grad_soft, *tensors, *options)
         dx, dw, dbias = (g if wanted else None for g, wanted in zip(found, ctx.need, strict=False))
     if ctx.need[3]:
@@ -147,7 +153,7 @@ def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, *_):
         weights = RowWeights(torch.zeros_like(nll) if grad_nll is None else grad_nll, grad_lse,
                              None if grad_soft is None else -grad_soft)  # fmt: skip
         dscale = _scale_grad(weights, nll, lse, entropy, soft_logit, scale)
-    return dx, dw, None, dscale, dbias, *9 * [None]
+    return dx, dw, None, dscale, dbias, *10 * [None]
 
 
 def _once(*grads: Tensor | None) -> None:
@@ -173,14 +179,18 @@ nll_stats.register_autograd(_stats_backward, setup_context=_stats_context)
 @torch.library.custom_op("cosup::loss_and_grads", mutates_args=())
 def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | None, e: Tensor | None,
                    q: Tensor | None, scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
-                   soft: Tensor | None, softcap: float, ignore_index: int | None, need: list[bool],
-                   workspace_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                                                Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+                   soft: Tensor | None, softcap: float, ignore_index: int | None, rank: bool, need: list[bool],
+                   workspace_bytes: int, backend: str, group: str | None,
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                              Tensor]:  # fmt: skip
     """The sum of :func:`row_losses`, what ``nll_stats`` gives, and the sum's dx, dw, dbias (empty if not needed)."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index)
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index, group)
     blocks = _plan(p, backend, workspace_bytes, grads=True, weights_known=True)
-    weights = RowWeights(b, c, e, q)
-    state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), need=(need[0], need[1], need[2]))
+    weights, known = RowWeights(b, c, e, q), None
+    if blocks.strategy is Strategy.RECOMPUTE:
+        known, *_ = walk(p, _plan(p, backend, workspace_bytes, grads=False, weights_known=True), backend, rank=rank)
+    state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), known=known, rank=rank,
+                         need=(need[0], need[1], need[2]))  # fmt: skip
     rows = _per_row(p, state)
     dx, dw, dbias = (x.new_empty(0) if g is None else g for g in grads)
     return row_losses(weights, rows[0], rows[1], rows[3]).sum(), *rows, dx, dw, dbias  # type: ignore[return-value]
@@ -197,12 +207,12 @@ def row_losses(v: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor) -> T
 
 
 @loss_and_grads.register_fake
-def _(x, w, target, b, c, e, q, scale, bias, row_id, col_id, soft, softcap, ignore_index, need, *_):
+def _(x, w, target, b, c, e, q, scale, bias, row_id, col_id, soft, softcap, ignore_index, rank, need, *_):
     return torch.empty_like(scale), *_fake_rows(target, scale), *_fake_grads(x, w, scale, need)
 
 
 def _grads_context(ctx, inputs, output):
-    *_, ctx.need, _, _ = inputs
+    *_, ctx.need, _, _, _ = inputs
     ctx.save_for_backward(*inputs[3:8], *output[1:5], *output[8:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -212,14 +222,14 @@ def _grads_backward(ctx, grad_loss, *_):
     _once(grad_loss)
     b, c, e, q, scale, nll, lse, entropy, soft_logit, *grads = ctx.saved_tensors
     if grad_loss is None:
-        return 17 * (None,)
+        return 19 * (None,)
     dx, dw, dbias = (_scaled(g, grad_loss) if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
     dscale = None
     if ctx.need[3]:
         dscale = grad_loss * _scale_grad(RowWeights(b, c, e, q), nll, lse, entropy, soft_logit, scale)
     rows = (nll, lse, -soft_logit, lse.square() / 2)
     dweights = [grad_loss * r if wanted else None for r, wanted in zip(rows, ctx.needs_input_grad[3:7], strict=True)]
-    return dx, dw, None, *dweights, dscale, dbias, *8 * [None]
+    return dx, dw, None, *dweights, dscale, dbias, *10 * [None]
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
@@ -237,3 +247,28 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
 
 
 loss_and_grads.register_autograd(_grads_backward, setup_context=_grads_context)
+
+
+@torch.library.custom_op("cosup::column_values", mutates_args=())
+def column_values(vector: Tensor, target: Tensor, group: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """vector[target] [N], the vector's sum and its length, where the vector's parts lie on the ranks of a group.
+
+    Targets that are no column give any value; the engine refuses them, or ignores their rows.
+    """
+    m = len(vector)
+    total, count = vector.sum(), torch.full_like(vector[:1].sum(), m)
+    if group is None:
+        values = vector[target.clamp(0, m - 1)] if m else torch.zeros_like(target, dtype=vector.dtype)
+        return values, total, count
+    part = shard(group, m, vector.device)
+    here = part.holds(target, m)
+    values = torch.where(here, vector[(target - part.start).clamp(0, m - 1)], 0.0)
+    sums = torch.stack([total, count])
+    for t in (values, sums):
+        sum_over_ranks(t, part)
+    return values, sums[0].clone(), sums[1].clone()
+
+
+@column_values.register_fake
+def _(vector, target, group):
+    return vector.new_empty(target.shape), vector.new_empty(()), vector.new_empty(())

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cosup import gemm
+from cosup.distributed import Shard, merge, sum_over_ranks
 from cosup.kernels import native, reference
 from cosup.kernels.reference import RowState
 from cosup.plan import Cost, Plan, padded
@@ -39,7 +40,7 @@ REFERENCE_COPIES = 6  # tiles that the PyTorch kernels hold at once, by count of
 class Problem(NamedTuple):
     x: Tensor  # [N, D]
     w: Tensor  # [M, D]
-    target: Tensor  # [N] int64, -1 where the row is ignored
+    target: Tensor  # [N] int64, -1 where the row is ignored; among the columns of all ranks
     scale: Tensor  # scalar, in the dtype of the statistics
     bias: Tensor | None = None  # [M], in the dtype of the statistics
     row_id: Tensor | None = None  # [N] int64
@@ -48,6 +49,15 @@ class Problem(NamedTuple):
     soft: Tensor | None = None  # [M], column weights of the soft targets
     rows: Tensor | None = None  # [n <= N] int64, the rows to visit; None: all of them
     skip: Tensor | None = None  # [N] bool, rows visited whose contents must not matter; None: none
+    shard: Shard | None = None  # which part of a table over several ranks w is; None: all of it
+
+    @property
+    def col0(self) -> int:
+        return 0 if self.shard is None else self.shard.start
+
+    @property
+    def columns(self) -> int:
+        return len(self.w) if self.shard is None else self.shard.columns
 
 
 class RowWeights(NamedTuple):
@@ -90,7 +100,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
     tile_stats, tile_grad = tile_kernels(backend, x)
     state = RowState.empty(n, p.scale) if known is None else known
     several_rows, several_cols = plan.block_rows < n, plan.block_cols < m
-    if rank and several_cols:
+    if rank and (several_cols or p.shard is not None):
         _target_logits(p, state, plan)
     rows, cols = min(plan.block_rows, n), padded(plan.block_cols)
     tile_buffer = torch.empty(rows, cols, dtype=stats_dtype, device=x.device)
@@ -114,6 +124,8 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
             if known is None:
                 _, tile, features = _strip(p, r, s, tile_buffer, s.start)
                 tile_stats(tile, state.rows(r), *features)
+                if p.shard is not None and s.stop == m:
+                    merge(state.rows(r), p.shard.holds(p.target[r], m), p.shard, rank)
             if weights is None:
                 continue
             coefficients = _row_coefficients(weights.rows(r), state.rows(r))
@@ -132,6 +144,8 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
             dw[s] = dw_sum
     if dbias is not None:
         dbias /= p.scale
+    if dx is not None and p.shard is not None:
+        sum_over_ranks(dx, p.shard)
     return state, dx, dw, dbias
 
 
@@ -211,7 +225,7 @@ def _strip(p: Problem, r: slice, c: slice, tile_buffer: Tensor, start: int):
     """Columns c of the tile of rows r, and what the tile kernels must know of them."""
     tile = tile_buffer[: r.stop - r.start, c.start - start : c.stop - start]
     ids = _slice(p.row_id, r), _slice(p.col_id, c)
-    return c, tile, (c.start, p.target[r], p.scale, _slice(p.bias, c), *ids, p.softcap, _slice(p.soft, c))
+    return c, tile, (p.col0 + c.start, p.target[r], p.scale, _slice(p.bias, c), *ids, p.softcap, _slice(p.soft, c))
 
 
 def _take(p: Problem, r: slice) -> Tensor:
@@ -223,10 +237,11 @@ def _take(p: Problem, r: slice) -> Tensor:
 
 
 def _target_logits(p: Problem, state: RowState, plan: Plan) -> None:
-    """Targets' logits before the sweep, for ranks when a target may stand in a later slab; in the tile's room."""
+    """Targets' logits before the sweep, for ranks when a target may stand in a later slab or on another rank; in the
+    tile's room."""
     d = max(1, p.x.shape[1])
     for r in _spans(0, len(p.target), max(1, plan.block_rows * plan.block_cols // (4 * d))):
-        target_r = p.target[r].clamp(min=0)
+        target_r = (p.target[r] - p.col0).clamp(0, len(p.w) - 1)
         product_RD = _take(p, r).to(p.scale.dtype) * p.w[target_r]
         # raised by what a GEMM may round otherwise: an equal logit must not count as above
         slack_r = 4 * torch.finfo(p.scale.dtype).eps * product_RD.abs().sum(1)
@@ -236,6 +251,9 @@ def _target_logits(p: Problem, state: RowState, plan: Plan) -> None:
         if p.bias is not None:
             u_r += p.bias[target_r]
         state.target[r] = p.softcap * torch.tanh(u_r / p.softcap) if p.softcap else u_r
+    if p.shard is not None:
+        state.target.masked_fill_(~p.shard.holds(p.target, len(p.w)), 0.0)
+        sum_over_ranks(state.target, p.shard)
 
 
 def _row_coefficients(v: RowWeights, state: RowState) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

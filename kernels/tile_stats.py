@@ -66,17 +66,18 @@ def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_pt
         s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
         z, _ = tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, col0 + s, target, softcap,
                            HAS_BIAS, HAS_ID, HAS_CAP)  # fmt: skip
-        new = tl.maximum(run_max, tl.max(z, 0))
-        safe = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far
-        e = tl.exp(z - safe)
-        decay = tl.exp(run_max - safe)
-        lag = tl.where(run_sum == 0, 0.0, run_sum * (run_max - safe))
-        run_dot = (run_dot + lag) * decay + tl.sum(tl.where(e == 0, 0.0, e * (z - safe)), 0)
-        run_sum = run_sum * decay + tl.sum(e, 0)
+        above += tl.sum(((z > threshold) & (col0 + s != target)).to(tl.int32), 0)
         if HAS_SOFT:
             soft = tl.load(soft_ptr + s, s < S, other=0.0)
             run_soft += tl.sum(tl.where(z == float("-inf"), 0.0, soft * z), 0)
-        above += tl.sum(((z > threshold) & (col0 + s != target)).to(tl.int32), 0)
+        new = tl.maximum(run_max, tl.max(z, 0))
+        safe = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far
+        z -= safe
+        e = tl.exp(z)
+        lag = tl.where(run_sum == 0, 0.0, run_max - safe)
+        decay = tl.exp(run_max - safe)
+        run_dot = (run_dot + run_sum * lag) * decay + tl.sum(tl.where(e == 0, 0.0, e * z), 0)
+        run_sum = run_sum * decay + tl.sum(e, 0)
         run_max = new
     tl.store(max_ptr + row, run_max)
     tl.store(sum_ptr + row, run_sum)

@@ -122,14 +122,15 @@ def test_gradient_of_rows_over_many_strips_is_summed_in_float32():
     check(lambda x, w: linear_cross_entropy(x, w, target), lambda x, w: F.cross_entropy(x @ w.mT, target), (x, w))
 
 
+GENERATOR = torch.Generator().manual_seed(0)
 FEATURES = {
     "plain": {},
-    "class weight": {"weight": torch.rand(130) + 0.1},
+    "class weight": {"weight": torch.rand(130, generator=GENERATOR) + 0.1},
     "label smoothing": {"label_smoothing": 0.2},
     "z-loss": {"z_loss": 0.05},
     "scale": {"logit_scale": 0.7},
     "softcap": {"logit_softcap": 2.5},
-    "token weight": {"token_weight": torch.rand(5, 13)},
+    "token weight": {"token_weight": torch.rand(5, 13, generator=GENERATOR)},
     "shift": {"shift": 2},
 }
 FEATURES["all"] = {name: value for options in FEATURES.values() for name, value in options.items()}
@@ -152,7 +153,7 @@ def formula(x, w, b, target, *, reduction, weight=None, label_smoothing=0.0, z_l
     weight = torch.ones_like(w[:, 0]) if weight is None else weight.to(w.dtype)
     loss = F.cross_entropy(z, t, weight, reduction="none", label_smoothing=label_smoothing)
     loss = (loss + z_loss * z.logsumexp(1) ** 2 if z_loss else loss).view(target.shape)
-    per_token = keep.to(w.dtype) if token_weight is None else keep * token_weight
+    per_token = keep.to(w.dtype) if token_weight is None else keep * token_weight.to(w.dtype)
     loss = loss * per_token
     return loss if reduction == "none" else loss.sum() / (per_token * weight[t].view(target.shape)).sum()
 

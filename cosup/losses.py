@@ -8,15 +8,17 @@ co_supervision_loss    L = L_NTP + nsp_weight * L_NSP      (arXiv 2403.09024)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from cosup import ops
 from cosup.walk import DEFAULT_WORKSPACE, RowWeights, resolve
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("mean", "sum", "none")
 MODES = ("joint", "ntp", "nsp")
@@ -64,7 +66,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
 
     Args:
         input: [..., D]; float32, bfloat16, float16 or float64. Under autocast it and the head take autocast's dtype.
-        linear_weight: [V, D], dtype and device of ``input``; a ``DTensor`` is gathered once.
+        linear_weight: [V, D], dtype and device of ``input``.
         target: [...] int64, in [0, V) or ``ignore_index``.
         linear_bias: [V].
         weight: [V], a weight for each class; no gradient.
@@ -287,8 +289,12 @@ def _head(input, linear_weight, target, linear_bias, logit_scale, logit_softcap,
     """Check what the losses over a linear layer share, and lay it out for the engine."""
     if input.ndim < 1 or (shift and input.ndim < 2):
         raise ValueError(f"input must be {'[..., T, D] with a shift' if shift else '[..., D]'}, got {[*input.shape]}")
-    if hasattr(linear_weight, "full_tensor"):  # DTensor
-        linear_weight = linear_weight.full_tensor()
+    if hasattr(linear_weight, "full_tensor"):
+        raise ValueError(
+            "linear_weight must be a plain tensor, got a DTensor. Gather it once, and say how ranks sum its gradient: "
+            "linear_weight.full_tensor(grad_placements=...); or, where all ranks have the same input and each a part "
+            "of the rows, give linear_weight.to_local() and process_group"
+        )
     input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
     _check_pair("input", input, "linear_weight", linear_weight)
     _check_vector("target", target, input.shape[:-1], input.device, torch.int64)

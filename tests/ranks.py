@@ -6,6 +6,8 @@ import tempfile
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from cosup import linear_cross_entropy, linear_log_prob, plan
 
@@ -94,6 +96,7 @@ def bad_parts_are_refused(rank, world):
     for table, labels, error, words in (
         (w[part], target, ValueError, "rows on every rank of process_group, got [90, 0]"),
         (w[:40], target + 80, IndexError, "target must be in [0, 80), got"),
+        (distribute_tensor(w, init_device_mesh("cpu", (world,)), [Shard(0)]), target, ValueError, "got a DTensor"),
     ):
         try:
             linear_cross_entropy(x, table, labels, process_group=dist.group.WORLD, ignore_index=-20)

@@ -51,8 +51,9 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
                          weight: Tensor | None = None, reduction: str = "mean", ignore_index: int = -100,
                          label_smoothing: float = 0.0, z_loss: float = 0.0, logit_scale: float = 1.0,
                          logit_softcap: float | None = None, token_weight: Tensor | None = None, shift: int = 0,
-                         return_stats: bool = False, process_group: ProcessGroup | None = None,
-                         workspace_bytes: int | None = None, backend: str = "auto",
+                         lora: tuple[Tensor, Tensor, float] | None = None, return_stats: bool = False,
+                         process_group: ProcessGroup | None = None, workspace_bytes: int | None = None,
+                         backend: str = "auto",
                          ) -> Tensor | tuple[Tensor, RowStats]:  # fmt: skip
     """Cross entropy of a linear layer's logits, which are never stored whole.
 
@@ -78,6 +79,8 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         token_weight: [...] weight of each target's loss, which may ask a gradient.
         shift: The row at t predicts ``target[..., t + shift]``: 1 for a causal model's labels, without a copy of
             ``input``. The last ``shift`` rows are ignored.
+        lora: (A [r, D], B [V, r], scaling) of an adapted head, z += scaling * (input @ A.T) @ B.T, never merged. With
+            ``linear_weight`` frozen only A and B are trained. B is of this rank where there is a ``process_group``.
         return_stats: Also return :class:`RowStats`, from the same pass.
         process_group: The head's rows are split among its ranks, in rank order, evenly or not: ``linear_weight``,
             ``linear_bias`` and ``weight`` are the part of this rank; the rest is alike on all, ``target`` among all V.
@@ -103,7 +106,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
     if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0:
         raise ValueError(f"shift must be an integer of at least 0, got {shift!r}")
     _check_reduction(reduction)
-    head = _head(input, linear_weight, target, linear_bias, logit_scale, logit_softcap, shift, ignore_index)
+    head = _head(input, linear_weight, target, linear_bias, lora, logit_scale, logit_softcap, shift, ignore_index)
     rows = input.shape[:-1]
     if token_weight is not None:
         _check_vector("token_weight", token_weight, rows, input.device, None)
@@ -111,9 +114,10 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
     if weight is not None:
         _check_vector("weight", weight, head.w.shape[:1], input.device, None)
     loss, stats = _softmax_nll(
-        head.x, head.w, head.target, head.scale, bias=head.bias, softcap=head.softcap, ignore_index=ignore_index,
-        reduction=reduction, weight=token_weight, class_weight=weight, label_smoothing=label_smoothing, z_loss=z_loss,
-        rank=return_stats, process_group=process_group, workspace_bytes=workspace_bytes, backend=backend,
+        head.x, head.w, head.target, head.scale, bias=head.bias, lora=head.lora, softcap=head.softcap,
+        ignore_index=ignore_index, reduction=reduction, weight=token_weight, class_weight=weight,
+        label_smoothing=label_smoothing, z_loss=z_loss, rank=return_stats, process_group=process_group,
+        workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     loss = loss.reshape(rows) if reduction == "none" else loss
     return (loss, RowStats(*(f.detach().reshape(rows) for f in stats))) if return_stats else loss
@@ -121,7 +125,8 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
 
 def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
                     temperature: float = 1.0, ignore_index: int = -100, logit_scale: float = 1.0,
-                    logit_softcap: float | None = None, shift: int = 0, process_group: ProcessGroup | None = None,
+                    logit_softcap: float | None = None, shift: int = 0,
+                    lora: tuple[Tensor, Tensor, float] | None = None, process_group: ProcessGroup | None = None,
                     workspace_bytes: int | None = None, backend: str = "auto") -> RowStats:  # fmt: skip
     """Log-probability of each target under a linear layer's softmax, and its entropy: both with gradients.
 
@@ -133,8 +138,8 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
 
     Args:
         temperature: Positive divisor of the logits, after the softcap.
-        input, linear_weight, target, linear_bias, ignore_index, logit_scale, logit_softcap, shift, process_group,
-            workspace_bytes, backend: As in :func:`linear_cross_entropy`.
+        input, linear_weight, target, linear_bias, ignore_index, logit_scale, logit_softcap, shift, lora,
+            process_group, workspace_bytes, backend: As in :func:`linear_cross_entropy`.
 
     Returns:
         :class:`RowStats`, each field [...], float32 (float64 for float64 input); zeros at ignored rows.
@@ -145,10 +150,12 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     softcap = None if logit_softcap is None else logit_softcap / temperature
-    head = _head(input, linear_weight, target, linear_bias, logit_scale / temperature, softcap, shift, ignore_index)
+    scale = logit_scale / temperature
+    head = _head(input, linear_weight, target, linear_bias, lora, scale, softcap, shift, ignore_index)
     _, stats = _softmax_nll(
-        head.x, head.w, head.target, head.scale, bias=head.bias, softcap=head.softcap, ignore_index=ignore_index,
-        reduction="none", rank=True, process_group=process_group, workspace_bytes=workspace_bytes, backend=backend,
+        head.x, head.w, head.target, head.scale, bias=head.bias, lora=head.lora, softcap=head.softcap,
+        ignore_index=ignore_index, reduction="none", rank=True, process_group=process_group,
+        workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     return RowStats(*(f.reshape(input.shape[:-1]) for f in stats))
 
@@ -283,9 +290,10 @@ class _Head(NamedTuple):
     scale: Tensor
     bias: Tensor | None  # [V], scaled
     softcap: float
+    lora: tuple[Tensor, Tensor] | None  # [N, r] and [V, r]
 
 
-def _head(input, linear_weight, target, linear_bias, logit_scale, logit_softcap, shift, ignore_index) -> _Head:
+def _head(input, linear_weight, target, linear_bias, lora, logit_scale, logit_softcap, shift, ignore_index) -> _Head:
     """Check what the losses over a linear layer share, and lay it out for the engine."""
     if input.ndim < 1 or (shift and input.ndim < 2):
         raise ValueError(f"input must be {'[..., T, D] with a shift' if shift else '[..., D]'}, got {[*input.shape]}")
@@ -310,10 +318,20 @@ def _head(input, linear_weight, target, linear_bias, logit_scale, logit_softcap,
     bias = None if linear_bias is None else linear_bias.to(dtype) * logit_scale
     scale = torch.full((), logit_scale, dtype=dtype, device=input.device)
     x = input.flatten(0, -2) if input.ndim > 1 else input[None]
-    return _Head(x, linear_weight, target.reshape(-1), scale, bias, logit_softcap or 0.0)
+    low_rank = None
+    if lora is not None:
+        a, b, factor = lora
+        want = f"lora must be (A [r, {x.shape[1]}], B [{len(linear_weight)}, r], scaling) on {x.device}"
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == b.ndim == 2):
+            raise ValueError(f"{want}, got {lora!r}")
+        if (a.shape[1], *b.shape) != (x.shape[1], len(linear_weight), a.shape[0]) or {a.device, b.device} != {x.device}:
+            raise ValueError(f"{want}, got A {[*a.shape]} on {a.device} and B {[*b.shape]} on {b.device}")
+        low_rank = (factor * (x @ a.to(x.dtype).mT), b.to(x.dtype))
+    return _Head(x, linear_weight, target.reshape(-1), scale, bias, logit_softcap or 0.0, low_rank)
 
 
 def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Tensor | None = None,
+                 lora: tuple[Tensor, Tensor] | None = None,
                  row_id: Tensor | None = None, col_id: Tensor | None = None, softcap: float = 0.0,
                  ignore_index: int | None = None, reduction: str, weight: Tensor | None = None,
                  class_weight: Tensor | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0, rank: bool,
@@ -325,7 +343,8 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     workspace = DEFAULT_WORKSPACE.get(x.device.type, 1 << 30) if workspace_bytes is None else workspace_bytes
     backend, group = resolve(backend, x), None if process_group is None else process_group.group_name
     grad = torch.is_grad_enabled()
-    need = [grad and t is not None and t.requires_grad for t in (x, w, bias, scale)]
+    x2, w2 = (None, None) if lora is None else lora
+    need = [grad and t is not None and t.requires_grad for t in (x, w, bias, x2, w2, scale)]
     # float16 waits for the upstream gradient: p / N is below its range without a loss scale, sums over N are above it
     known = reduction != "none" and x.dtype != torch.float16
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
@@ -335,15 +354,15 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     if reduction == "mean":
         divisor = torch.where(divisor == 0, 1.0, divisor)
         weights = weights.map(lambda v: v / divisor)
-    if known and any(need[:3]):
+    if known and any(need[:-1]):
         loss, nll, lse, entropy, _, _, _, above, *_ = ops.loss_and_grads(
-            x, w, target, weights.b, weights.c, weights.e, weights.q, scale, bias, row_id, col_id, soft, softcap,
-            ignore_index, rank, need, workspace, backend, group,
+            x, w, target, weights.b, weights.c, weights.e, weights.q, scale, bias, row_id, col_id, soft, x2, w2,
+            softcap, ignore_index, rank, need, workspace, backend, group,
         )  # fmt: skip
     else:
         nll, lse, entropy, soft_logit, _, _, above = ops.nll_stats(
-            x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index, rank, need, workspace, backend,
-            group,
+            x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, rank, need, workspace,
+            backend, group,
         )  # fmt: skip
         loss = ops.row_losses(weights, nll, lse, soft_logit)
         loss = loss if reduction == "none" else loss.sum()

@@ -14,19 +14,21 @@ from torch import Tensor
 from cosup.distributed import shard, sum_over_ranks
 from cosup.kernels.reference import RowState
 from cosup.plan import Strategy, plan
-from cosup.walk import Problem, RowWeights, cost, walk
+from cosup.walk import Need, Problem, RowWeights, cost, walk
 
 STATS = 7  # what the operators give of each row: see nll_stats
+GRADS = len(Need._fields)  # ``need`` of an operator says which of these are asked, and then whether the scale's is
 
 
-def _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index, group) -> Problem:
+def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group) -> Problem:
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync)."""
     part = None if group is None else shard(group, len(w), x.device)
-    x, w = (t if 1 in t.stride() else t.contiguous() for t in (x, w))  # else each GEMM would copy its part
+    # else each GEMM would copy its part
+    x, w, x2, w2 = (t if t is None or 1 in t.stride() else t.contiguous() for t in (x, w, x2, w2))
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     vectors = (target, bias, row_id, col_id, soft)
     target, bias, row_id, col_id, soft = (t if t is None else t.contiguous() for t in vectors)
-    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, shard=part)
+    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, x2, w2, shard=part)
     m = p.columns
     bad = valid & ((target < 0) | (target >= m))
     if x.device.type == "cpu":
@@ -45,7 +47,7 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_in
 
 def _plan(p: Problem, backend: str, workspace_bytes: int, grads: bool, weights_known: bool):
     picked = p.rows is not None or p.skip is not None
-    c = cost(p.x, backend, gathered=picked)
+    c = cost(p.x, backend, gathered=picked, more_features=0 if p.x2 is None else p.x2.shape[1])
     m = len(p.w) if p.shard is None else p.shard.widest  # alike on all ranks, and so are the blocks of rows
     return plan(len(p.target), m, c, grads=grads, weights_known=weights_known, workspace_bytes=workspace_bytes)
 
@@ -72,14 +74,14 @@ def _picked(p: Problem, weights: RowWeights) -> RowWeights:
 
 @torch.library.custom_op("cosup::nll_stats", mutates_args=())
 def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
-              col_id: Tensor | None, soft: Tensor | None, softcap: float, ignore_index: int | None, rank: bool,
-              need: list[bool], workspace_bytes: int, backend: str, group: str | None,
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+              col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
+              ignore_index: int | None, rank: bool, need: list[bool], workspace_bytes: int, backend: str,
+              group: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """nll, lse, entropy, sum_m soft[m] z[m]; maximum, sum of exp(z - maximum), columns above the target: each [N].
 
-    The first four have derivatives. ``need``: which gradients a backward pass will make: of x, w, bias, scale.
+    The first four have derivatives. ``need``: which a backward pass will make: of x, w, bias, x2, w2, scale.
     """
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index, group)
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group)
     blocks = _plan(p, backend, workspace_bytes, grads=False, weights_known=False)
     state, *_ = walk(p, blocks, backend, rank=rank)
     return _per_row(p, state)  # type: ignore[return-value]
@@ -99,11 +101,11 @@ def _fake_rows(target, scale):
 def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None, grad_soft: Tensor | None,
                        entropy: Tensor, top: Tensor, total: Tensor, x: Tensor, w: Tensor, target: Tensor,
                        scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
-                       soft: Tensor | None, softcap: float, ignore_index: int | None, need: list[bool],
-                       workspace_bytes: int, backend: str, group: str | None,
-                       ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dw, dbias for upstream gradients of what ``nll_stats`` gives; empty where not needed."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index, group)
+                       soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
+                       ignore_index: int | None, need: list[bool], workspace_bytes: int, backend: str,
+                       group: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dw, dbias, dx2, dw2 for upstream gradients of what ``nll_stats`` gives; empty where not needed."""
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group)
     blocks = _plan(p, backend, workspace_bytes, grads=True, weights_known=False)
     soft_weight = None if grad_soft is None else -grad_soft
     weights = _picked(p, RowWeights(grad_nll, grad_lse, soft_weight, None, grad_entropy))
@@ -111,20 +113,20 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
     top, total, entropy = top[rows], total[rows], entropy[rows]
     dot = torch.where(total == 0, 0.0, (total.log() - entropy) * total)  # no sum: an ignored row
     known = RowState(top, total, dot, top, top, target)  # a gradient reads the first three
-    _, *grads = walk(p, blocks, backend, known=known, weights=weights, need=(need[0], need[1], need[2]))
+    _, *grads = walk(p, blocks, backend, known=known, weights=weights, need=Need(*need[:GRADS]))
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
 @nll_stats_backward.register_fake
 def _(grad_nll, grad_lse, grad_entropy, grad_soft, entropy, top, total, x, w, target, scale, bias, row_id, col_id, soft,
-      softcap, ignore_index, need, *_):  # fmt: skip
-    return _fake_grads(x, w, scale, need)
+      x2, w2, softcap, ignore_index, need, *_):  # fmt: skip
+    return _fake_grads(x, w, scale, x2, w2, need)
 
 
-def _fake_grads(x, w, scale, need):
-    dx, dw = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, w))
-    dbias = w.new_empty(w.shape[0], dtype=scale.dtype)
-    return tuple(g if wanted else x.new_empty(0) for g, wanted in zip((dx, dw, dbias), need, strict=False))
+def _fake_grads(x, w, scale, x2, w2, need):
+    like = (x, w, w.new_empty(w.shape[0], dtype=scale.dtype), x2, w2)
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
+                 for t, wanted in zip(like, need, strict=False))  # fmt: skip
 
 
 def _stats_context(ctx, inputs, output):
@@ -137,23 +139,22 @@ def _stats_context(ctx, inputs, output):
 def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, *_):
     grads = (grad_nll, grad_lse, grad_entropy, grad_soft)
     _once(*grads)
-    x, w, target, scale, bias, row_id, col_id, soft, nll, lse, entropy, soft_logit, top, total = ctx.saved_tensors
-    dx = dw = dbias = dscale = None
+    *tensors, nll, lse, entropy, soft_logit, top, total = ctx.saved_tensors
+    dx = dw = dbias = dx2 = dw2 = dscale = None
     if all(g is None for g in grads):
-        return 15 * (None,)
-    if any(ctx.need[:3]):
+        return 17 * (None,)
+    if any(ctx.need[:GRADS]):
         grad_nll = torch.zeros_like(nll) if grad_nll is None else grad_nll
-        tensors = (entropy, top, total, x, w, target, scale, bias, row_id, col_id, soft)
         options = (ctx.softcap, ctx.ignore_index, ctx.need, ctx.workspace_bytes, ctx.backend, ctx.group)
-        found = nll_stats_backward(grad_nll, grad_lse, grad_entropy, grad_soft, *tensors, *options)
-        dx, dw, dbias = (g if wanted else None for g, wanted in zip(found, ctx.need, strict=False))
-    if ctx.need[3]:
+        found = nll_stats_backward(grad_nll, grad_lse, grad_entropy, grad_soft, entropy, top, total, *tensors, *options)
+        dx, dw, dbias, dx2, dw2 = (g if wanted else None for g, wanted in zip(found, ctx.need, strict=False))
+    if ctx.need[GRADS]:
         if grad_entropy is not None:
             raise RuntimeError("the entropy has no gradient of the temperature")
         weights = RowWeights(torch.zeros_like(nll) if grad_nll is None else grad_nll, grad_lse,
                              None if grad_soft is None else -grad_soft)  # fmt: skip
-        dscale = _scale_grad(weights, nll, lse, entropy, soft_logit, scale)
-    return dx, dw, None, dscale, dbias, *10 * [None]
+        dscale = _scale_grad(weights, nll, lse, entropy, soft_logit, scale=tensors[3])
+    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *7 * [None]
 
 
 def _once(*grads: Tensor | None) -> None:
@@ -179,21 +180,21 @@ nll_stats.register_autograd(_stats_backward, setup_context=_stats_context)
 @torch.library.custom_op("cosup::loss_and_grads", mutates_args=())
 def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | None, e: Tensor | None,
                    q: Tensor | None, scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
-                   soft: Tensor | None, softcap: float, ignore_index: int | None, rank: bool, need: list[bool],
-                   workspace_bytes: int, backend: str, group: str | None,
+                   soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float, ignore_index: int | None,
+                   rank: bool, need: list[bool], workspace_bytes: int, backend: str, group: str | None,
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                              Tensor]:  # fmt: skip
-    """The sum of :func:`row_losses`, what ``nll_stats`` gives, and the sum's dx, dw, dbias (empty if not needed)."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, softcap, ignore_index, group)
+                              Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum of :func:`row_losses`, what ``nll_stats`` gives, the sum's gradients as ``nll_stats_backward`` does."""
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group)
     blocks = _plan(p, backend, workspace_bytes, grads=True, weights_known=True)
     weights, known = RowWeights(b, c, e, q), None
     if blocks.strategy is Strategy.RECOMPUTE:
         known, *_ = walk(p, _plan(p, backend, workspace_bytes, grads=False, weights_known=True), backend, rank=rank)
     state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), known=known, rank=rank,
-                         need=(need[0], need[1], need[2]))  # fmt: skip
+                         need=Need(*need[:GRADS]))  # fmt: skip
     rows = _per_row(p, state)
-    dx, dw, dbias = (x.new_empty(0) if g is None else g for g in grads)
-    return row_losses(weights, rows[0], rows[1], rows[3]).sum(), *rows, dx, dw, dbias  # type: ignore[return-value]
+    found = (x.new_empty(0) if g is None else g for g in grads)
+    return row_losses(weights, rows[0], rows[1], rows[3]).sum(), *rows, *found  # type: ignore[return-value]
 
 
 def row_losses(v: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor) -> Tensor:
@@ -207,8 +208,8 @@ def row_losses(v: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor) -> T
 
 
 @loss_and_grads.register_fake
-def _(x, w, target, b, c, e, q, scale, bias, row_id, col_id, soft, softcap, ignore_index, rank, need, *_):
-    return torch.empty_like(scale), *_fake_rows(target, scale), *_fake_grads(x, w, scale, need)
+def _(x, w, target, b, c, e, q, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, rank, need, *_):
+    return torch.empty_like(scale), *_fake_rows(target, scale), *_fake_grads(x, w, scale, x2, w2, need)
 
 
 def _grads_context(ctx, inputs, output):
@@ -222,14 +223,15 @@ def _grads_backward(ctx, grad_loss, *_):
     _once(grad_loss)
     b, c, e, q, scale, nll, lse, entropy, soft_logit, *grads = ctx.saved_tensors
     if grad_loss is None:
-        return 19 * (None,)
-    dx, dw, dbias = (_scaled(g, grad_loss) if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
+        return 21 * (None,)
+    scaled = (_scaled(g, grad_loss) if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
+    dx, dw, dbias, dx2, dw2 = scaled
     dscale = None
-    if ctx.need[3]:
+    if ctx.need[GRADS]:
         dscale = grad_loss * _scale_grad(RowWeights(b, c, e, q), nll, lse, entropy, soft_logit, scale)
     rows = (nll, lse, -soft_logit, lse.square() / 2)
     dweights = [grad_loss * r if wanted else None for r, wanted in zip(rows, ctx.needs_input_grad[3:7], strict=True)]
-    return dx, dw, None, *dweights, dscale, dbias, *10 * [None]
+    return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *7 * [None]
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ class Problem(NamedTuple):
     col_id: Tensor | None = None  # [M] int64
     softcap: float = 0.0
     soft: Tensor | None = None  # [M], column weights of the soft targets
+    x2: Tensor | None = None  # [N, K], with w2 a second product, added to the first: logits x w^T + x2 w2^T
+    w2: Tensor | None = None  # [M, K]
     rows: Tensor | None = None  # [n <= N] int64, the rows to visit; None: all of them
     skip: Tensor | None = None  # [N] bool, rows visited whose contents must not matter; None: none
     shard: Shard | None = None  # which part of a table over several ranks w is; None: all of it
@@ -80,47 +82,53 @@ class RowWeights(NamedTuple):
         return self.map(lambda v: v[r])
 
 
+class Need(NamedTuple):
+    """Which gradients are asked."""
+
+    x: bool = False
+    w: bool = False
+    bias: bool = False
+    x2: bool = False
+    w2: bool = False
+
+
 def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = None, known: RowState | None = None,
-         need: tuple[bool, bool, bool] = (False, False, False), rank: bool = False):  # fmt: skip
+         need: Need | None = None, rank: bool = False):  # fmt: skip
     """One sweep over all tiles. Vectors over rows are over ``p.rows`` where those are given.
 
     Args:
         weights: Weights of the rows in the loss whose gradients are asked; None: no gradients.
         known: Final max, sum and dot of each row; None: this sweep computes the statistics. Without it, gradients need
             tiles of whole rows.
-        need: Which gradients to make: of x, w, bias.
         rank: Whether ``RowState.above`` will be read.
 
     Returns:
-        RowState (``known`` where that was given), dx [N, D], dw [M, D], dbias [M]; a gradient not asked is None.
+        RowState (``known`` where that was given), and the gradients of x, w, bias, x2, w2; None for one not asked.
     """
-    x, w = p.x, p.w
-    n, m = len(p.target), len(w)
-    stats_dtype = p.scale.dtype
-    tile_stats, tile_grad = tile_kernels(backend, x)
+    n, m, need = len(p.target), len(p.w), need or Need()
+    tile_stats, tile_grad = tile_kernels(backend, p.x)
     state = RowState.empty(n, p.scale) if known is None else known
-    several_rows, several_cols = plan.block_rows < n, plan.block_cols < m
-    if rank and (several_cols or p.shard is not None):
+    if rank and (plan.block_cols < m or p.shard is not None):
         _target_logits(p, state, plan)
     rows, cols = min(plan.block_rows, n), padded(plan.block_cols)
-    tile_buffer = torch.empty(rows, cols, dtype=stats_dtype, device=x.device)
+    tile_buffer = torch.empty(rows, cols, dtype=p.scale.dtype, device=p.x.device)
     if weights is not None:
-        assert known is not None or not several_cols
+        assert known is not None or plan.block_cols >= m
         weights = weights.map(lambda v: v * p.scale)  # the chain from u = scale * dot to dot
-    need_x, need_w, need_bias = need
-    idle = n == 0 or m == 0
-    dx = (torch.zeros_like if idle or p.rows is not None else torch.empty_like)(x, **_CONTIGUOUS) if need_x else None
-    dw = (torch.zeros_like if idle else torch.empty_like)(w, **_CONTIGUOUS) if need_w else None
-    dbias = torch.zeros(m, dtype=stats_dtype, device=x.device) if need_bias else None
-    dx_sum = _accumulator(dx, n, several_cols)
+    products = [_Product(p, p.x, p.w, need.x, need.w, plan)]
+    if p.x2 is not None and p.w2 is not None:
+        products.append(_Product(p, p.x2, p.w2, need.x2, need.w2, plan))
+    dbias = torch.zeros(m, dtype=p.scale.dtype, device=p.x.device) if need.bias else None
     for s in _spans(0, m, plan.block_cols):
-        dw_sum = _accumulator(dw, s.stop - s.start, several_rows)
-        dw_s = dw_sum if dw_sum is not None else None if dw is None else dw[s]
+        for product in products:
+            product.start_slab(s)
         for r in _spans(0, n, plan.block_rows):
-            x_r = _take(p, r)
+            for product in products:
+                product.start_block(r)
             strips = [_strip(p, r, c, tile_buffer, s.start) for c in _spans(s.start, s.stop, plan.strip_cols)]
             for c, tile, _ in strips:
-                gemm.dots(x_r, w[c], tile)
+                for product in products:
+                    product.dots(c, tile, first=product is products[0])
             if known is None:
                 _, tile, features = _strip(p, r, s, tile_buffer, s.start)
                 tile_stats(tile, state.rows(r), *features)
@@ -129,29 +137,91 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
             if weights is None:
                 continue
             coefficients = _row_coefficients(weights.rows(r), state.rows(r))
-            dx_r, apart = _rows_total(p, r, dx, dx_sum, len(strips) > 1)
             for c, tile, features in strips:
-                coef = _coefficients(tile_grad, tile, x.dtype, state.max[r], coefficients, features)
-                if dx_r is not None:
-                    gemm.add(dx_r, coef, w[c], first=c.start == (s.start if apart else 0))
-                if dw_s is not None:
-                    gemm.add(dw_s[c.start - s.start : c.stop - s.start], coef.mT, x_r, first=r.start == 0)
+                coef = _coefficients(tile_grad, tile, p.x.dtype, state.max[r], coefficients, features)
+                for product in products:
+                    product.add(c, coef)
                 if dbias is not None:
-                    dbias[c] += (coef if tile.is_cuda else tile).sum(0, dtype=stats_dtype)
-            if dx is not None and dx_r is not None and (apart or (dx_sum is not None and s.stop == m)):
-                dx.index_add_(0, p.rows[r], dx_r.to(dx.dtype)) if p.rows is not None else dx[r].copy_(dx_r)
-        if dw is not None and dw_sum is not None:
-            dw[s] = dw_sum
+                    dbias[c] += (coef if tile.is_cuda else tile).sum(0, dtype=p.scale.dtype)
+            for product in products:
+                product.end_block()
+        for product in products:
+            product.end_slab()
     if dbias is not None:
         dbias /= p.scale
-    if dx is not None and p.shard is not None:
-        sum_over_ranks(dx, p.shard)
-    return state, dx, dw, dbias
+    if p.shard is not None:
+        for product in products:
+            if product.dx is not None:
+                sum_over_ranks(product.dx, p.shard)
+    dx2, dw2 = (products[1].dx, products[1].dw) if len(products) > 1 else (None, None)
+    return state, products[0].dx, products[0].dw, dbias, dx2, dw2
 
 
-def cost(x: Tensor, backend: str, *, gathered: bool) -> Cost:
-    """Bytes per unit that :func:`walk` holds for operands like x; ``gathered``: rows are picked or masked."""
-    d, item = x.shape[1], x.element_size()
+class _Product:
+    """x @ w.T, one of the products that the logits are the sum of, and its gradients as they grow.
+
+    The gradient itself takes the sums where it can. Apart are kept, in float32, those of 16-bit gradients that are made
+    of several parts, and the rows of a block that were picked from x.
+    """
+
+    def __init__(self, p: Problem, x: Tensor, w: Tensor, need_x: bool, need_w: bool, plan: Plan):
+        self.p, self.x, self.w = p, x, w
+        n, m = len(p.target), len(w)
+        idle = n == 0 or m == 0
+        new_x = torch.zeros_like if idle or p.rows is not None else torch.empty_like
+        self.dx = new_x(x, **_CONTIGUOUS) if need_x else None
+        self.dw = (torch.zeros_like if idle else torch.empty_like)(w, **_CONTIGUOUS) if need_w else None
+        self.several_rows, several_cols = plan.block_rows < n, plan.block_cols < m
+        self.several_strips = plan.strip_cols < min(plan.block_cols, m)
+        self.dx_sum = _accumulator(self.dx, n, several_cols)
+
+    def start_slab(self, s: slice) -> None:
+        self.s = s
+        self.dw_sum = _accumulator(self.dw, s.stop - s.start, self.several_rows)
+
+    def start_block(self, r: slice) -> None:
+        self.r, self.x_r = r, _take(self.p, self.x, r)
+        self.dx_r: Tensor | None = None
+
+    def dots(self, c: slice, tile: Tensor, *, first: bool) -> None:
+        gemm.dots(self.x_r, self.w[c], tile) if first else gemm.add(tile, self.x_r, self.w[c].mT, first=False)
+
+    def add(self, c: slice, coef: Tensor) -> None:
+        """Gradients of what the strip c gives."""
+        if self.dx is not None:
+            if self.dx_r is None:
+                self.dx_r, self.apart = self._rows_total(self.dx)
+            gemm.add(self.dx_r, coef, self.w[c], first=c.start == (self.s.start if self.apart else 0))
+        if self.dw is not None:
+            first = self.s.start
+            total = self.dw[c] if self.dw_sum is None else self.dw_sum[c.start - first : c.stop - first]
+            gemm.add(total, coef.mT, self.x_r, first=self.r.start == 0)
+
+    def end_block(self) -> None:
+        last = self.s.stop == len(self.w)
+        if self.dx is not None and self.dx_r is not None and (self.apart or (self.dx_sum is not None and last)):
+            if self.p.rows is None:
+                self.dx[self.r].copy_(self.dx_r)
+            else:
+                self.dx.index_add_(0, self.p.rows[self.r], self.dx_r.to(self.dx.dtype))
+
+    def end_slab(self) -> None:
+        if self.dw is not None and self.dw_sum is not None:
+            self.dw[self.s] = self.dw_sum
+
+    def _rows_total(self, dx: Tensor) -> tuple[Tensor, bool]:
+        """Where the block's rows of the gradient are summed, and whether that is apart from ``dx`` and ``dx_sum``."""
+        if self.dx_sum is not None:
+            return self.dx_sum[self.r], False
+        if self.p.rows is None and not (self.several_strips and dx.element_size() < 4):
+            return dx[self.r], False
+        return torch.empty(self.r.stop - self.r.start, dx.shape[1], dtype=self.p.scale.dtype, device=dx.device), True
+
+
+def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0) -> Cost:
+    """Bytes per unit that :func:`walk` holds for operands like x; ``gathered``: rows are picked or masked;
+    ``more_features``: of a second product."""
+    d, item = x.shape[1] + more_features, x.element_size()
     wide = max(item, 4)
     on_cpu = x.device.type == "cpu"
     product = item if gemm.returns_product(x) else 0
@@ -228,21 +298,22 @@ def _strip(p: Problem, r: slice, c: slice, tile_buffer: Tensor, start: int):
     return c, tile, (p.col0 + c.start, p.target[r], p.scale, _slice(p.bias, c), *ids, p.softcap, _slice(p.soft, c))
 
 
-def _take(p: Problem, r: slice) -> Tensor:
+def _take(p: Problem, x: Tensor, r: slice) -> Tensor:
     if p.rows is not None:
-        return p.x[p.rows[r]]
+        return x[p.rows[r]]
     if p.skip is not None:
-        return p.x[r].masked_fill(p.skip[r, None], 0.0)
-    return p.x[r]
+        return x[r].masked_fill(p.skip[r, None], 0.0)
+    return x[r]
 
 
 def _target_logits(p: Problem, state: RowState, plan: Plan) -> None:
     """Targets' logits before the sweep, for ranks when a target may stand in a later slab or on another rank; in the
     tile's room."""
-    d = max(1, p.x.shape[1])
+    operands = [(p.x, p.w), *([(p.x2, p.w2)] if p.x2 is not None and p.w2 is not None else [])]
+    d = max(1, sum(x.shape[1] for x, _ in operands))
     for r in _spans(0, len(p.target), max(1, plan.block_rows * plan.block_cols // (4 * d))):
         target_r = (p.target[r] - p.col0).clamp(0, len(p.w) - 1)
-        product_RD = _take(p, r).to(p.scale.dtype) * p.w[target_r]
+        product_RD = torch.cat([_take(p, x, r).to(p.scale.dtype) * w[target_r] for x, w in operands], 1)
         # raised by what a GEMM may round otherwise: an equal logit must not count as above
         slack_r = 4 * torch.finfo(p.scale.dtype).eps * product_RD.abs().sum(1)
         if p.x.element_size() < 4 and not p.x.is_cuda:
@@ -287,12 +358,3 @@ def _accumulator(grad: Tensor | None, n: int, several: bool) -> Tensor | None:
     if grad is None or not several or grad.element_size() >= 4:
         return None
     return torch.empty(n, grad.shape[1], dtype=torch.float32, device=grad.device)
-
-
-def _rows_total(p: Problem, r: slice, dx: Tensor | None, dx_sum: Tensor | None, several: bool):
-    """Where the gradient of a block of rows is summed, and whether that is apart from ``dx`` and ``dx_sum``."""
-    if dx is None or dx_sum is not None:
-        return dx if dx_sum is None else dx_sum[r], False
-    if p.rows is None and not (several and dx.element_size() < 4):
-        return dx[r], False
-    return torch.empty(r.stop - r.start, dx.shape[1], dtype=p.scale.dtype, device=dx.device), True

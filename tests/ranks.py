@@ -68,9 +68,12 @@ def log_prob_over_ranks(rank, world):
     results = []
     for rows, group in ((slice(None), None), (part, dist.group.WORLD)):
         tensors = [t.clone().requires_grad_() for t in (x, w[rows])]
-        stats = linear_log_prob(*tensors, target, linear_bias=b[rows], temperature=0.7, process_group=group)
-        dx, dw = torch.autograd.grad((stats.log_prob + stats.entropy.square()).sum(), tensors)
-        results.append((*stats, dx, dw[part] if group is None else dw))
+        low_rank = [torch.ones(2, D, dtype=x.dtype).requires_grad_(), w[rows, :2].clone().requires_grad_()]
+        stats = linear_log_prob(*tensors, target, linear_bias=b[rows], temperature=0.7, lora=(*low_rank, 0.5),
+                                process_group=group)  # fmt: skip
+        loss = (stats.log_prob + stats.entropy.square()).sum()
+        dx, dw, da, db = torch.autograd.grad(loss, (*tensors, *low_rank))
+        results.append((*stats, dx, da, *((dw[part], db[part]) if group is None else (dw, db))))
     torch.testing.assert_close(*results)
 
 

@@ -200,6 +200,28 @@ def test_log_prob_and_entropy_have_gradients(softcap, strategy, dtype, device):
     check(ours, plain, (x, w, b))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", ["one block", "row blocks", "slabs"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen base", "trained base"])
+def test_error_of_an_adapted_head(frozen, reduction, strategy, dtype, device):
+    backend = "native" if device == "cpu" and native.AVAILABLE else "auto"
+    sizes = ((65, 33), (4, 33), (130, 4), (130, 33))
+    x, a, b, w = (torch.randn(*size, device=device).to(dtype) for size in sizes)
+    target = torch.randint(130, (65,), device=device)
+    target[1::4] = -100
+    budget = workspace(strategy, torch.empty(65, 37, dtype=dtype, device=device), 130, backend, len(target[1::4]))
+
+    def base(rest, like):
+        return w.to(like.dtype) if frozen else rest[0]
+
+    check(lambda x, a, b, *rest: linear_cross_entropy(x, base(rest, x), target, lora=(a, b, 0.3), logit_scale=0.7,
+                                                      reduction=reduction, workspace_bytes=budget),
+          lambda x, a, b, *rest: F.cross_entropy(0.7 * (x @ base(rest, x).mT + 0.3 * (x @ a.mT) @ b.mT), target,
+                                                 reduction=reduction),
+          (x, a, b) if frozen else (x, a, b, w))  # fmt: skip
+
+
 def test_entropy_keeps_its_digits_at_huge_logits():
     """Two equal columns far above the rest: the entropy is log 2, whatever their logit."""
     x, w = torch.full((3, 1), 1e4), torch.tensor([[1.0], [1.0], [0.0]])
@@ -318,6 +340,9 @@ def test_only_the_gradients_asked_are_computed(monkeypatch):
     assert len(products) == 1
     linear_cross_entropy(x.detach(), w, torch.zeros(8, dtype=torch.int64))
     assert len(products) == 1
+    low_rank = torch.randn(2, 4, requires_grad=True), torch.randn(9, 2, requires_grad=True), 1.0
+    linear_cross_entropy(x.detach(), w, torch.zeros(8, dtype=torch.int64), lora=low_rank)
+    assert len(products) == 1 + 3  # the low-rank part of the tile, and its two gradients
 
 
 def test_a_nan_row_keeps_to_itself():
@@ -491,6 +516,8 @@ BAD_LINEAR = [
     (dict(shift=-1), "shift must be an integer of at least 0, got -1"),
     (dict(shift=0.5), "shift must be an integer of at least 0, got 0.5"),
     (dict(input=X[0], target=T[0], shift=1), r"input must be \[..., T, D\] with a shift, got \[3\]"),
+    (dict(lora=(torch.ones(2, 3), torch.ones(4, 2), 1.0)), r"lora must be \(A \[r, 3\], B \[5, r\], .*B \[4, 2\]"),
+    (dict(lora=(1, 2, 3)), r"lora must be .*, got \(1, 2, 3\)"),
     (dict(reduction="avg"), "reduction must be one of .*, got 'avg'"),
     (dict(logit_scale=0.0), "logit_scale must be positive and finite, got 0.0"),
     (dict(logit_softcap=-1.0), "logit_softcap must be positive and finite, got -1.0"),

@@ -32,18 +32,19 @@ def test_opcheck(backend):
     scale, weight = torch.tensor(2.0, requires_grad=True), torch.rand(7, requires_grad=True)
     target, ids = torch.randint(11, (7,)), torch.randint(5, (11,))
     soft = torch.rand(11)
-    shared = (scale, b, ids[target], ids, soft, 0.0)
-    end = ([True] * 4, 1 << 20, backend, None)
+    x2, w2 = torch.randn(7, 2, requires_grad=True), torch.randn(11, 2, requires_grad=True)
+    shared = (scale, b, ids[target], ids, soft, x2, w2, 0.0)
+    end = ([True] * 6, 1 << 20, backend, None)
     fixed = (scale.detach(), *shared[1:])  # the entropy has no gradient of the scale
-    torch.library.opcheck(ops.nll_stats, (x, w, target, *fixed, None, True, [True] * 3 + [False], *end[1:]))
+    torch.library.opcheck(ops.nll_stats, (x, w, target, *fixed, None, True, [True] * 5 + [False], *end[1:]))
     torch.library.opcheck(ops.loss_and_grads, (x, w, target, weight, weight, weight, weight, *shared, None, True, *end))
-    frozen = ([True, False, False, False], 1 << 20, backend, None)
+    frozen = ([True] + 5 * [False], 1 << 20, backend, None)
     torch.library.opcheck(ops.loss_and_grads, (x, w.detach(), target, weight.detach(), None, None, None, scale.detach(),
-                                               None, None, None, None, 0.0, -100, True, *frozen))  # fmt: skip
+                                               *6 * [None], 0.0, -100, True, *frozen))  # fmt: skip
     top = torch.randn(7)
-    x, w, scale, weight = (t.detach() for t in (x, w, scale, weight))
+    x, w, scale, weight, x2, w2 = (t.detach() for t in (x, w, scale, weight, x2, w2))
     upstream, known = (weight, top, top, top), (weight, top, weight)
-    arguments = (*upstream, *known, x, w, target, scale, None, None, None, soft, 0.0, None, *end)
+    arguments = (*upstream, *known, x, w, target, scale, None, None, None, soft, x2, w2, 0.0, None, *end)
     torch.library.opcheck(ops.nll_stats_backward, arguments)
     torch.library.opcheck(ops.column_values, (soft, target, None))
 

@@ -1,0 +1,62 @@
+"""What the documentation shows runs as it stands: a page's blocks in their order, in one namespace."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cosup
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/linear_cross_entropy.md"
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    """Blocks whose fence says ``kind``, below as many empty lines as put errors on the page's own line."""
+    text = page.read_text()
+    found = [m for m in FENCE.finditer(text) if m[1].strip() == kind]
+    return ["\n" * text.count("\n", 0, m.start(2)) + m[2] for m in found]
+
+
+def run(page: Path, code: list[str]) -> None:
+    namespace: dict = {"__name__": page.stem}
+    for block in code:
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_page_runs(page):
+    run(page, blocks(page, "python"))
+
+
+def test_readme_runs():
+    """The blocks that bring their own inputs; the others are excerpts, or need weights and data."""
+    own = [block for block in blocks(ROOT / "README.md", "python") if block.lstrip().startswith("import torch\n")]
+    assert own
+    run(ROOT / "README.md", own)
+
+
+def test_script_over_processes_runs(tmp_path):
+    """A block marked ``python torchrun`` is a script of its own."""
+    (script,) = blocks(PAGE, "python torchrun")
+    (tmp_path / "head.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "head.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_argument_and_statistic_has_its_line():
+    text = PAGE.read_text()
+    lines = {cells[1]: cells for cells in (re.split(r"\s*\|\s*", line) for line in text.splitlines()) if cells[1:]}
+    for name, parameter in inspect.signature(cosup.linear_cross_entropy).parameters.items():
+        default = parameter.default
+        shown = "" if default is parameter.empty else f"`{default!r}`".replace("'", '"')
+        assert lines[f"`{name}`"][3] == shown, f"default of {name}"
+    for name in (*cosup.losses.RowStats._fields, *inspect.signature(cosup.linear_log_prob).parameters):
+        assert f"`{name}`" in text, name

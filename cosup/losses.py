@@ -256,12 +256,11 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
         raise ValueError(f"want hidden [B, T, D] and labels [B, T], got {[*hidden.shape]} and {[*labels.shape]}")
-    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    ntp_count = (shifted != -100).sum()
+    ntp_count = (labels[:, 1:] != -100).sum()
     ntp_loss, nsp_loss = _nothing(hidden, linear_weight, linear_bias), _nothing(query, candidates, temperature)
     nsp_stats = None
     if mode != "nsp":
-        ntp_sum = linear_cross_entropy(hidden, linear_weight, shifted, linear_bias=linear_bias, reduction="sum",
+        ntp_sum = linear_cross_entropy(hidden, linear_weight, labels, linear_bias=linear_bias, reduction="sum", shift=1,
                                        logit_scale=logit_scale, logit_softcap=logit_softcap,
                                        workspace_bytes=workspace_bytes)  # fmt: skip
         assert isinstance(ntp_sum, Tensor)

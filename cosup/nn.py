@@ -17,19 +17,22 @@ class LinearCrossEntropyLoss(nn.Module):
         in_features: D.
         num_classes: V.
         bias: Whether the head has a bias.
+        weight: [V], a weight for each class; a buffer, so that it moves with the module.
         **options: Options of :func:`cosup.linear_cross_entropy`.
     """
 
-    def __init__(
-        self, in_features: int, num_classes: int, *, bias: bool = False, device=None, dtype=None, **options: Any
-    ):
+    weight: Tensor | None
+
+    def __init__(self, in_features: int, num_classes: int, *, bias: bool = False, weight: Tensor | None = None,
+                 device=None, dtype=None, **options: Any):  # fmt: skip
         super().__init__()
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
         self.options = options
 
     def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None):
         return linear_cross_entropy(input, self.linear.weight, target, linear_bias=self.linear.bias,
-                                    token_weight=token_weight, **self.options)  # fmt: skip
+                                    weight=self.weight, token_weight=token_weight, **self.options)  # fmt: skip
 
 
 class InfoNCELoss(nn.Module):

@@ -11,7 +11,7 @@ from cosup.losses import CoSupervisionOutput, co_supervision_loss, info_nce, lin
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """:func:`cosup.linear_cross_entropy` over a head of its own; ``weight`` may be tied to an embedding.
+    """:func:`cosup.linear_cross_entropy` over a head of its own; ``linear.weight`` may be tied to an embedding.
 
     Args:
         in_features: D.

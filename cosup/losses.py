@@ -52,8 +52,8 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
                          label_smoothing: float = 0.0, z_loss: float = 0.0, logit_scale: float = 1.0,
                          logit_softcap: float | None = None, token_weight: Tensor | None = None, shift: int = 0,
                          lora: tuple[Tensor, Tensor, float] | None = None, return_stats: bool = False,
-                         process_group: ProcessGroup | None = None, workspace_bytes: int | None = None,
-                         backend: str = "auto",
+                         process_group: ProcessGroup | None = None, batch_invariant: bool = False,
+                         workspace_bytes: int | None = None, backend: str = "auto",
                          ) -> Tensor | tuple[Tensor, RowStats]:  # fmt: skip
     """Cross entropy of a linear layer's logits, which are never stored whole.
 
@@ -86,6 +86,9 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
             ``linear_bias`` and ``weight`` are the part of this rank; the rest is alike on all, ``target`` among all V.
             Loss, statistics and the gradient of ``input`` come out whole on every rank. Each call tells the others
             how many rows are here, and waits.
+        batch_invariant: A row's loss, statistics and, with ``reduction`` "sum" or "none", gradient of ``input`` have
+            the same bits whatever rows stand beside it. Slower: all products have 64 rows (256 on CUDA), ignored ones
+            too; what grows with the number of rows is beside the workspace.
         workspace_bytes: Budget beside inputs, outputs and gradients; None: 256 MiB on a CPU, 1 GiB on CUDA.
         backend: "auto", "native" (C++, CPU), "triton" (CUDA) or "reference" (PyTorch).
 
@@ -117,7 +120,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         head.x, head.w, head.target, head.scale, bias=head.bias, lora=head.lora, softcap=head.softcap,
         ignore_index=ignore_index, reduction=reduction, weight=token_weight, class_weight=weight,
         label_smoothing=label_smoothing, z_loss=z_loss, rank=return_stats, process_group=process_group,
-        workspace_bytes=workspace_bytes, backend=backend,
+        batch_invariant=batch_invariant, workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     loss = loss.reshape(rows) if reduction == "none" else loss
     return (loss, RowStats(*(f.detach().reshape(rows) for f in stats))) if return_stats else loss
@@ -127,7 +130,8 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
                     temperature: float = 1.0, ignore_index: int = -100, logit_scale: float = 1.0,
                     logit_softcap: float | None = None, shift: int = 0,
                     lora: tuple[Tensor, Tensor, float] | None = None, process_group: ProcessGroup | None = None,
-                    workspace_bytes: int | None = None, backend: str = "auto") -> RowStats:  # fmt: skip
+                    batch_invariant: bool = False, workspace_bytes: int | None = None,
+                    backend: str = "auto") -> RowStats:  # fmt: skip
     """Log-probability of each target under a linear layer's softmax, and its entropy: both with gradients.
 
         z as in :func:`linear_cross_entropy`, over temperature;   log_prob[n] = z[n, target[n]] - logsumexp(z[n])
@@ -139,7 +143,7 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
     Args:
         temperature: Positive divisor of the logits, after the softcap.
         input, linear_weight, target, linear_bias, ignore_index, logit_scale, logit_softcap, shift, lora,
-            process_group, workspace_bytes, backend: As in :func:`linear_cross_entropy`.
+            process_group, batch_invariant, workspace_bytes, backend: As in :func:`linear_cross_entropy`.
 
     Returns:
         :class:`RowStats`, each field [...], float32 (float64 for float64 input); zeros at ignored rows.
@@ -155,7 +159,7 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
     _, stats = _softmax_nll(
         head.x, head.w, head.target, head.scale, bias=head.bias, lora=head.lora, softcap=head.softcap,
         ignore_index=ignore_index, reduction="none", rank=True, process_group=process_group,
-        workspace_bytes=workspace_bytes, backend=backend,
+        batch_invariant=batch_invariant, workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     return RowStats(*(f.reshape(input.shape[:-1]) for f in stats))
 
@@ -334,8 +338,8 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
                  row_id: Tensor | None = None, col_id: Tensor | None = None, softcap: float = 0.0,
                  ignore_index: int | None = None, reduction: str, weight: Tensor | None = None,
                  class_weight: Tensor | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0, rank: bool,
-                 process_group: ProcessGroup | None = None, workspace_bytes: int | None, backend: str,
-                 ) -> tuple[Tensor, RowStats]:  # fmt: skip
+                 process_group: ProcessGroup | None = None, batch_invariant: bool = False, workspace_bytes: int | None,
+                 backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
     """All losses: weigh the rows, run the operator that knows their weights or the one that waits for them, reduce."""
     if not torch.compiler.is_compiling() and (_functorch_level() is not None or _forward_ad_level() >= 0):
         raise RuntimeError("cosup's losses have reverse-mode gradients only: no torch.func transform, no forward mode")
@@ -349,6 +353,11 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     weight = torch.ones_like(valid, dtype=scale.dtype) if weight is None else weight.to(scale.dtype)
     weight = weight.masked_fill(~valid, 0.0)
+    n = x.shape[0]
+    if batch_invariant:  # whole blocks of rows: a product's rows are independent of each other, but not of their number
+        end = (0, -n % ops.INVARIANT_ROWS.get(x.device.type, 1))
+        x, x2 = F.pad(x, (0, 0, *end)), None if x2 is None else F.pad(x2, (0, 0, *end))
+        target, weight, valid = F.pad(target, end, value=ignore_index), F.pad(weight, end), F.pad(valid, end)
     weights, soft, divisor = _row_weights(weight, target, w, class_weight, label_smoothing, z_loss, group)
     if reduction == "mean":
         divisor = torch.where(divisor == 0, 1.0, divisor)
@@ -356,15 +365,16 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     if known and any(need[:-1]):
         loss, nll, lse, entropy, _, _, _, above, *_ = ops.loss_and_grads(
             x, w, target, weights.b, weights.c, weights.e, weights.q, scale, bias, row_id, col_id, soft, x2, w2,
-            softcap, ignore_index, rank, need, workspace, backend, group,
+            softcap, ignore_index, rank, need, workspace, backend, group, batch_invariant,
         )  # fmt: skip
     else:
         nll, lse, entropy, soft_logit, _, _, above = ops.nll_stats(
             x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, rank, need, workspace,
-            backend, group,
+            backend, group, batch_invariant,
         )  # fmt: skip
         loss = ops.row_losses(weights, nll, lse, soft_logit)
-        loss = loss if reduction == "none" else loss.sum()
+        loss = loss[:n] if reduction == "none" else loss.sum()
+    nll, lse, entropy, above, valid = (t[:n] for t in (nll, lse, entropy, above, valid))
     place = (above.long() + 1) * valid
     return loss, RowStats(nll, lse, -nll, entropy, place, (place == 1) & ~nll.isnan())
 

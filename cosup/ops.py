@@ -17,11 +17,14 @@ from cosup.plan import Strategy, plan
 from cosup.walk import Need, Problem, RowWeights, cost, walk
 
 STATS = 7  # what the operators give of each row: see nll_stats
+INVARIANT_ROWS = {"cpu": 64, "cuda": 256}  # every product has so many rows where no row may depend on another
 GRADS = len(Need._fields)  # ``need`` of an operator says which of these are asked, and then whether the scale's is
 
 
-def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group) -> Problem:
-    """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync)."""
+def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group,
+             invariant) -> Problem:  # fmt: skip
+    """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync) and
+    where a row must stay in its place."""
     part = None if group is None else shard(group, len(w), x.device)
     # else each GEMM would copy its part
     x, w, x2, w2 = (t if t is None or 1 in t.stride() else t.contiguous() for t in (x, w, x2, w2))
@@ -35,8 +38,8 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, i
         if bad.any():
             row = int(bad.nonzero()[0])
             raise IndexError(f"target must be in [0, {m}), got {int(target[row])} in row {row}")
-        if valid.all():
-            return p
+        if valid.all() or invariant:
+            return p if valid.all() else p._replace(skip=~valid)
         rows = valid.nonzero().squeeze(1)
         return p._replace(target=target[rows], rows=rows, row_id=None if row_id is None else row_id[rows])
     torch._assert_async(~bad.any(), f"target must be in [0, {m})")
@@ -45,11 +48,12 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, i
     return p._replace(target=target.masked_fill(~valid, -1), skip=~valid)
 
 
-def _plan(p: Problem, backend: str, workspace_bytes: int, grads: bool, weights_known: bool):
+def _plan(p: Problem, backend: str, workspace_bytes: int, invariant: bool, grads: bool, weights_known: bool):
     picked = p.rows is not None or p.skip is not None
     c = cost(p.x, backend, gathered=picked, more_features=0 if p.x2 is None else p.x2.shape[1])
     m = len(p.w) if p.shard is None else p.shard.widest  # alike on all ranks, and so are the blocks of rows
-    return plan(len(p.target), m, c, grads=grads, weights_known=weights_known, workspace_bytes=workspace_bytes)
+    n = INVARIANT_ROWS[p.x.device.type] if invariant else len(p.target)
+    return plan(n, m, c, grads=grads, weights_known=weights_known, workspace_bytes=workspace_bytes)
 
 
 def _per_row(p: Problem, state: RowState) -> tuple[Tensor, ...]:
@@ -76,13 +80,14 @@ def _picked(p: Problem, weights: RowWeights) -> RowWeights:
 def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
               col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
               ignore_index: int | None, rank: bool, need: list[bool], workspace_bytes: int, backend: str,
-              group: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+              group: str | None, invariant: bool,
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """nll, lse, entropy, sum_m soft[m] z[m]; maximum, sum of exp(z - maximum), columns above the target: each [N].
 
     The first four have derivatives. ``need``: which a backward pass will make: of x, w, bias, x2, w2, scale.
     """
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group)
-    blocks = _plan(p, backend, workspace_bytes, grads=False, weights_known=False)
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group, invariant)
+    blocks = _plan(p, backend, workspace_bytes, invariant, grads=False, weights_known=False)
     state, *_ = walk(p, blocks, backend, rank=rank)
     return _per_row(p, state)  # type: ignore[return-value]
 
@@ -103,10 +108,11 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
                        scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
                        soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
                        ignore_index: int | None, need: list[bool], workspace_bytes: int, backend: str,
-                       group: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+                       group: str | None, invariant: bool,
+                       ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dw, dbias, dx2, dw2 for upstream gradients of what ``nll_stats`` gives; empty where not needed."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group)
-    blocks = _plan(p, backend, workspace_bytes, grads=True, weights_known=False)
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group, invariant)
+    blocks = _plan(p, backend, workspace_bytes, invariant, grads=True, weights_known=False)
     soft_weight = None if grad_soft is None else -grad_soft
     weights = _picked(p, RowWeights(grad_nll, grad_lse, soft_weight, None, grad_entropy))
     rows = slice(None) if p.rows is None else p.rows
@@ -130,7 +136,8 @@ def _fake_grads(x, w, scale, x2, w2, need):
 
 
 def _stats_context(ctx, inputs, output):
-    *tensors, ctx.softcap, ctx.ignore_index, _, ctx.need, ctx.workspace_bytes, ctx.backend, ctx.group = inputs
+    *tensors, ctx.softcap, ctx.ignore_index, _, ctx.need = inputs[:-4]
+    ctx.end = inputs[-4:]
     ctx.save_for_backward(*tensors, *output[:6])
     ctx.mark_non_differentiable(*output[4:])
     ctx.set_materialize_grads(False)
@@ -142,10 +149,10 @@ def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, *_):
     *tensors, nll, lse, entropy, soft_logit, top, total = ctx.saved_tensors
     dx = dw = dbias = dx2 = dw2 = dscale = None
     if all(g is None for g in grads):
-        return 17 * (None,)
+        return 18 * (None,)
     if any(ctx.need[:GRADS]):
         grad_nll = torch.zeros_like(nll) if grad_nll is None else grad_nll
-        options = (ctx.softcap, ctx.ignore_index, ctx.need, ctx.workspace_bytes, ctx.backend, ctx.group)
+        options = (ctx.softcap, ctx.ignore_index, ctx.need, *ctx.end)
         found = nll_stats_backward(grad_nll, grad_lse, grad_entropy, grad_soft, entropy, top, total, *tensors, *options)
         dx, dw, dbias, dx2, dw2 = (g if wanted else None for g, wanted in zip(found, ctx.need, strict=False))
     if ctx.need[GRADS]:
@@ -154,7 +161,7 @@ def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, *_):
         weights = RowWeights(torch.zeros_like(nll) if grad_nll is None else grad_nll, grad_lse,
                              None if grad_soft is None else -grad_soft)  # fmt: skip
         dscale = _scale_grad(weights, nll, lse, entropy, soft_logit, scale=tensors[3])
-    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *7 * [None]
+    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *8 * [None]
 
 
 def _once(*grads: Tensor | None) -> None:
@@ -181,15 +188,16 @@ nll_stats.register_autograd(_stats_backward, setup_context=_stats_context)
 def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | None, e: Tensor | None,
                    q: Tensor | None, scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
                    soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float, ignore_index: int | None,
-                   rank: bool, need: list[bool], workspace_bytes: int, backend: str, group: str | None,
+                   rank: bool, need: list[bool], workspace_bytes: int, backend: str, group: str | None, invariant: bool,
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                               Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum of :func:`row_losses`, what ``nll_stats`` gives, the sum's gradients as ``nll_stats_backward`` does."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group)
-    blocks = _plan(p, backend, workspace_bytes, grads=True, weights_known=True)
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group, invariant)
+    blocks = _plan(p, backend, workspace_bytes, invariant, grads=True, weights_known=True)
     weights, known = RowWeights(b, c, e, q), None
     if blocks.strategy is Strategy.RECOMPUTE:
-        known, *_ = walk(p, _plan(p, backend, workspace_bytes, grads=False, weights_known=True), backend, rank=rank)
+        first = _plan(p, backend, workspace_bytes, invariant, grads=False, weights_known=True)
+        known, *_ = walk(p, first, backend, rank=rank)
     state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), known=known, rank=rank,
                          need=Need(*need[:GRADS]))  # fmt: skip
     rows = _per_row(p, state)
@@ -213,7 +221,7 @@ def _(x, w, target, b, c, e, q, scale, bias, row_id, col_id, soft, x2, w2, softc
 
 
 def _grads_context(ctx, inputs, output):
-    *_, ctx.need, _, _, _ = inputs
+    ctx.need = inputs[-5]
     ctx.save_for_backward(*inputs[3:8], *output[1:5], *output[8:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -223,7 +231,7 @@ def _grads_backward(ctx, grad_loss, *_):
     _once(grad_loss)
     b, c, e, q, scale, nll, lse, entropy, soft_logit, *grads = ctx.saved_tensors
     if grad_loss is None:
-        return 21 * (None,)
+        return 22 * (None,)
     scaled = (_scaled(g, grad_loss) if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
     dx, dw, dbias, dx2, dw2 = scaled
     dscale = None
@@ -231,7 +239,7 @@ def _grads_backward(ctx, grad_loss, *_):
         dscale = grad_loss * _scale_grad(RowWeights(b, c, e, q), nll, lse, entropy, soft_logit, scale)
     rows = (nll, lse, -soft_logit, lse.square() / 2)
     dweights = [grad_loss * r if wanted else None for r, wanted in zip(rows, ctx.needs_input_grad[3:7], strict=True)]
-    return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *7 * [None]
+    return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *8 * [None]
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:

@@ -222,6 +222,31 @@ def test_error_of_an_adapted_head(frozen, reduction, strategy, dtype, device):
           (x, a, b) if frozen else (x, a, b, w))  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_invariant_rows(dtype, device, monkeypatch):
+    """A row's statistics and gradient have the same bits alone, in any batch, at any place, with neighbours ignored."""
+    monkeypatch.setattr("cosup.walk.STRIP", 1 << 14)  # else large batches would take other strips than small ones
+    x, w = (torch.randn(k, 96, device=device).to(dtype) for k in (300, 777))
+    target = torch.randint(777, (300,), device=device)
+
+    def rows(pick, target, **options):
+        part = x[pick].requires_grad_()
+        stats = cosup.linear_log_prob(part, w, target[pick], batch_invariant=True, **options)
+        (dx,) = torch.autograd.grad(stats.log_prob.sum() + stats.entropy.sum(), part)
+        loss = linear_cross_entropy(part, w, target[pick], reduction="sum", batch_invariant=True, **options)
+        return *stats, dx, *torch.autograd.grad(loss, part)
+
+    whole = rows(torch.arange(300), target)
+    for pick in (torch.arange(1), torch.arange(7, 9), torch.randperm(300)[:65], torch.randperm(300)):
+        for ours, all_rows in zip(rows(pick, target), whole, strict=True):
+            assert torch.equal(ours, all_rows[pick])
+    ignored = target.clone()
+    ignored[::2] = -100
+    for ours, all_rows in zip(rows(torch.arange(300), ignored), whole, strict=True):
+        assert torch.equal(ours[1::2], all_rows[1::2]) and not ours[::2].any()
+    torch.testing.assert_close(whole[0], cosup.linear_log_prob(x, w, target).nll)
+
+
 def test_entropy_keeps_its_digits_at_huge_logits():
     """Two equal columns far above the rest: the entropy is log 2, whatever their logit."""
     x, w = torch.full((3, 1), 1e4), torch.tensor([[1.0], [1.0], [0.0]])

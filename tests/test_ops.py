@@ -34,11 +34,11 @@ def test_opcheck(backend):
     soft = torch.rand(11)
     x2, w2 = torch.randn(7, 2, requires_grad=True), torch.randn(11, 2, requires_grad=True)
     shared = (scale, b, ids[target], ids, soft, x2, w2, 0.0)
-    end = ([True] * 6, 1 << 20, backend, None)
+    end = ([True] * 6, 1 << 20, backend, None, False)
     fixed = (scale.detach(), *shared[1:])  # the entropy has no gradient of the scale
     torch.library.opcheck(ops.nll_stats, (x, w, target, *fixed, None, True, [True] * 5 + [False], *end[1:]))
     torch.library.opcheck(ops.loss_and_grads, (x, w, target, weight, weight, weight, weight, *shared, None, True, *end))
-    frozen = ([True] + 5 * [False], 1 << 20, backend, None)
+    frozen = ([True] + 5 * [False], 1 << 20, backend, None, False)
     torch.library.opcheck(ops.loss_and_grads, (x, w.detach(), target, weight.detach(), None, None, None, scale.detach(),
                                                *6 * [None], 0.0, -100, True, *frozen))  # fmt: skip
     top = torch.randn(7)

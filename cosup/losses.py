@@ -324,8 +324,9 @@ def _head(input, linear_weight, target, linear_bias, lora, logit_scale, logit_so
     low_rank = None
     if lora is not None:
         a, b, factor = lora
-        want = f"lora must be (A [r, {x.shape[1]}], B [{len(linear_weight)}, r], scaling) on {x.device}"
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == b.ndim == 2):
+        want = f"lora must be (A [r, {x.shape[1]}], B [{len(linear_weight)}, r], finite scaling) on {x.device}"
+        matrices = all(isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point() for t in (a, b))
+        if not (matrices and isinstance(factor, float | int) and abs(factor) < float("inf")):
             raise ValueError(f"{want}, got {lora!r}")
         if (a.shape[1], *b.shape) != (x.shape[1], len(linear_weight), a.shape[0]) or {a.device, b.device} != {x.device}:
             raise ValueError(f"{want}, got A {[*a.shape]} on {a.device} and B {[*b.shape]} on {b.device}")

@@ -542,6 +542,7 @@ BAD_LINEAR = [
     (dict(shift=0.5), "shift must be an integer of at least 0, got 0.5"),
     (dict(input=X[0], target=T[0], shift=1), r"input must be \[..., T, D\] with a shift, got \[3\]"),
     (dict(lora=(torch.ones(2, 3), torch.ones(4, 2), 1.0)), r"lora must be \(A \[r, 3\], B \[5, r\], .*B \[4, 2\]"),
+    (dict(lora=(W[:2], torch.ones(5, 2), float("nan"))), r"(?s)lora must be .* finite scaling\) .*, got .*nan\)"),
     (dict(lora=(1, 2, 3)), r"lora must be .*, got \(1, 2, 3\)"),
     (dict(reduction="avg"), "reduction must be one of .*, got 'avg'"),
     (dict(logit_scale=0.0), "logit_scale must be positive and finite, got 0.0"),

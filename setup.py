@@ -1,6 +1,7 @@
 """Packages, and the native CPU library. Everything else is in pyproject.toml.
 
-The folder kernels/ is installed as cosup.kernels: a Hugging Face package owns the bare name.
+The folder kernels/ is installed as cosup.kernels: a Hugging Face package owns the bare name. bench/ likewise as
+cosup.bench.
 """
 
 import shutil
@@ -54,8 +55,8 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    packages=["cosup", "cosup.data", "cosup.kernels"],
-    package_dir={"cosup": "cosup", "cosup.kernels": "kernels"},
+    packages=["cosup", "cosup.data", "cosup.kernels", "cosup.bench"],
+    package_dir={"cosup": "cosup", "cosup.kernels": "kernels", "cosup.bench": "bench"},
     package_data={"cosup": ["py.typed"]},
     ext_modules=[Extension("cosup.kernels.native_library", [])] if sys.platform != "win32" else [],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},

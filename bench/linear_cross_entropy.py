@@ -1,56 +1,103 @@
-"""linear_cross_entropy, forward and backward: time and peak memory against plain PyTorch and its three GEMMs alone.
+"""linear_cross_entropy against its peers and the bare three matrix products: time, memory and gradient error.
 
-python bench/linear_cross_entropy.py [--shape 2048 768 50257] [--dtype float32] [--workspace-mib 256]
+python bench/linear_cross_entropy.py [--shape 2048 768 50257 ...] [--hidden-states FILE] [--ignored 0.75]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from cosup import linear_cross_entropy
-from cosup.plan import plan
-from cosup.walk import cost, resolve
-from gemms import engine_gemms, torch_mm
-from measure import compare, report
+from cosup.bench import hidden_states, peers, report
+from cosup.bench.gemms import engine_gemms, torch_mm
+from cosup.bench.measure import Problem, measure
+from cosup.plan import Plan, plan
+from cosup.walk import DEFAULT_WORKSPACE, cost, resolve
+
+IGNORED = -100
+SHAPES = {  # N, D, V
+    "cpu": [(2048, 768, 50257)],
+    "cuda": [
+        (8192, 2304, 256000), (8192, 4096, 128256), (8192, 4096, 151936), (16384, 2048, 248320), (4096, 7168, 129280),
+        (2048, 3584, 152064), (512, 4096, 128256), (1024, 4096, 128256), (8191, 768, 50257),
+    ],
+}  # fmt: skip
+DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shape", type=int, nargs=3, default=[2048, 768, 50257], metavar=("N", "D", "V"))
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--workspace-mib", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    n, d, v = args.shape
-    workspace = args.workspace_mib << 20
-    torch.manual_seed(0)
+def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, args.dtype)
-    x = (0.5 * torch.randn(n, d, device=device)).to(dtype).requires_grad_()
-    w = (0.05 * torch.randn(v, d, device=device)).to(dtype).requires_grad_()
-    target = torch.randint(v, (n,), device=device)
+    parser = argparse.ArgumentParser("cosup bench linear_cross_entropy", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--shape", type=int, nargs=3, action="append", metavar=("N", "D", "V"),
+                       help="random operands of this shape; may be repeated")  # fmt: skip
+    given.add_argument("--hidden-states", type=Path, metavar="FILE",
+                       help="operands from a file that `cosup bench hidden-states` wrote")  # fmt: skip
+    parser.add_argument("--dtype", default=DTYPE[device])
+    parser.add_argument("--ignored", type=float, default=0.0, metavar="SHARE",
+                        help="share of labels that are ignored; times are then also relative to none")  # fmt: skip
+    parser.add_argument("--workspace-mib", type=int, default=DEFAULT_WORKSPACE[device] >> 20)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args(arguments)
+    if not 0 <= args.ignored < 1:
+        parser.error(f"--ignored must be in [0, 1), got {args.ignored}")
+    title = "linear_cross_entropy" + "_hidden_states" * bool(args.hidden_states) + "_ignored" * bool(args.ignored)
+    records: list[dict[str, Any]] = []
+    for shape in [None] if args.hidden_states else args.shape or SHAPES[device]:
+        torch.manual_seed(0)
+        operands = (
+            hidden_states.read(args.hidden_states)
+            if shape is None
+            else _random(*shape, getattr(torch, args.dtype), device)
+        )
+        records.append(_run(*operands, args, device))
+        report.show(title, records[-1])
+        run = report.save(title, records)  # after each: a later one may take the process down
+    print(json.dumps(run))
 
-    def grads(loss):
-        return torch.autograd.grad(loss, (x, w))
 
-    blocks = plan(n, v, cost(x, resolve("auto", x), gathered=False), grads=True, weights_known=True,
-                  workspace_bytes=workspace)  # fmt: skip
-    methods = {
-        "three torch.mm": lambda: torch_mm(x, w, blocks.block_rows),
-        "three GEMMs": lambda: engine_gemms(x, w, blocks),
-        "cosup": lambda: grads(linear_cross_entropy(x, w, target, workspace_bytes=workspace)),
-        "plain": lambda: grads(F.cross_entropy(x @ w.mT, target)),
+def _run(x: Tensor, w: Tensor, target: Tensor, args: argparse.Namespace, device: str) -> dict[str, Any]:
+    x, w = (t.to(device, getattr(torch, args.dtype)).requires_grad_() for t in (x, w))
+    dense = target.to(device)
+    target = dense.masked_fill(torch.rand(len(dense), device=device) < args.ignored, IGNORED)
+    (n, d), v = x.shape, len(w)
+    workspace = args.workspace_mib << 20
+
+    def planned(rows: int, gathered: bool) -> Plan:
+        c = cost(x, resolve("auto", x), gathered=gathered)
+        return plan(rows, v, c, grads=True, weights_known=x.dtype != torch.float16, workspace_bytes=workspace)
+
+    # a CPU picks the rows that are not ignored; CUDA masks, whether or not there are any
+    rows = int((target != IGNORED).sum()) if device == "cpu" else n
+    ours, whole = planned(rows, device == "cuda" or rows < n), planned(n, False)
+    print(f"plan: {ours}")
+    products = {  # of all rows, ignored or not
+        "three torch.mm": lambda: torch_mm(x, w, whole.block_rows),
+        "three GEMMs": lambda: engine_gemms(x, w, whole),
     }
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch >= 2.13
-        options = torch.nn.LinearCrossEntropyOptions()
-        methods["torch chunked"] = lambda: grads(F.linear_cross_entropy(x, w, target, options=options))
-    print(f"plan: {blocks}")
-    report("linear_cross_entropy", compare(methods, args.rounds), baselines=("three torch.mm", "three GEMMs"),
-           flop=6 * n * d * v, size={"N": n, "D": d, "V": v, "dtype": args.dtype, "workspace_MiB": args.workspace_mib},
-           gradient_bytes=(n + v) * d * x.element_size(), stated_bytes=blocks.workspace_bytes)  # fmt: skip
+    others, absent = peers.losses()
+    losses = {"cosup": lambda x, w, t: linear_cross_entropy(x, w, t, workspace_bytes=workspace), **others}
+    problem = Problem(x, w, target, peers.plain, dense if args.ignored else None)
+    size = {"N": n, "D": d, "V": v, "dtype": args.dtype, "workspace_MiB": args.workspace_mib, "ignored": args.ignored,
+            "operands": args.hidden_states.name if args.hidden_states else "random"}  # fmt: skip
+    return report.summarise(
+        measure(problem, products, losses, args.rounds), size=size, products=(*products,), flop=6 * n * d * v,
+        gradient_bytes=(n + v) * d * x.element_size(), stated_bytes=ours.workspace_bytes, absent=absent,
+    )  # fmt: skip
+
+
+def _random(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    x = (0.5 * torch.randn(n, d, device=device)).to(dtype)
+    w = (0.05 * torch.randn(v, d, device=device)).to(dtype)
+    return x, w, torch.randint(v, (n,), device=device)
 
 
 if __name__ == "__main__":

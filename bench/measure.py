@@ -1,37 +1,87 @@
-"""How every benchmark measures: rounds that interleave the methods, the quietest time of each, and the peak of the
-allocator above what lay there before. Results are a table, and JSON in bench/results/."""
+"""How every benchmark measures: all methods of a problem in turn, round after round, so that a ratio is of one run.
+
+    seconds            forward and backward;  forward_seconds: the loss alone, no gradient asked
+    dense_seconds      forward and backward with no label ignored, where some are
+    peak_bytes         most bytes alive during forward and backward above those before: gradients are counted
+    dx_error           |dx - dx64| / |dx64|, Frobenius norms;  dw_error: the same of dw
+    dw_row_error       mean over the rows of w of |dw[m] - dw64[m]| / |dw64[m]|: sees a small gradient that was dropped
+
+The errors are of the first 256 rows of x over all of w, against plain PyTorch's gradients in float64. A method that
+raises is a result: ``failed`` says what it raised, and the others go on.
+"""
 
 from __future__ import annotations
 
 import gc
-import json
-import platform
-import subprocess
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [N, D], w [M, D], target [N] -> mean loss
+ERROR_ROWS = 256
 
 
-def compare(methods: dict[str, Callable[[], object]], rounds: int) -> list[dict]:
-    """Run every method once to warm up and measure memory, then all of them in turn, ``rounds`` times."""
-    rows = {}
-    for name, run in methods.items():
-        try:
-            run()
-            rows[name] = {"method": name, "peak_bytes": peak_bytes(run), "seconds": []}
-        except (torch.OutOfMemoryError, MemoryError):
-            rows[name] = {"method": name, "peak_bytes": None, "seconds": []}  # a result, not a gap
+class Problem(NamedTuple):
+    x: Tensor  # [N, D], asks a gradient
+    w: Tensor  # [M, D], asks a gradient
+    target: Tensor  # [N] int64
+    reference: Loss  # in plain PyTorch: in float64 its gradients are the true ones
+    dense: Tensor | None = None  # the target with no label ignored, where some are
+
+
+def measure(
+    problem: Problem, products: dict[str, Callable[[], object]], losses: dict[str, Loss], rounds: int
+) -> list[dict[str, Any]]:
+    """A row for each method: the bare matrix products, which have no loss, and the losses."""
+    x, w, target, _, dense = problem
+    runs: dict[str, dict[str, Callable[[], object]]] = {name: {"seconds": run} for name, run in products.items()}
+    for name, loss in losses.items():
+        runs[name] = {
+            "seconds": partial(gradients, loss, x, w, target),
+            "forward_seconds": partial(loss, x.detach(), w.detach(), target),
+        }
+        if dense is not None:
+            runs[name]["dense_seconds"] = partial(gradients, loss, x, w, dense)
+
+    gc.collect()
+    gc.freeze()  # collected before every time, without another walk over all that is loaded by now
+    rows: dict[str, dict[str, Any]] = {}
+    for name, passes in runs.items():
+        row = rows[name] = {"method": name, "failed": None, "peak_bytes": None} | {key: [] for key in passes}
+        with recorded(row):
+            for run in passes.values():
+                run()
+            row["peak_bytes"] = peak_bytes(passes["seconds"])
     for _ in range(rounds):
-        for name, row in rows.items():
-            if row["peak_bytes"] is not None:
-                row["seconds"].append(_seconds(methods[name]))
+        for name, passes in runs.items():
+            for key, run in passes.items():
+                if not rows[name]["failed"]:
+                    with recorded(rows[name]):
+                        rows[name][key].append(_seconds(run))
+    _measure_errors(problem, losses, rows)
+    gc.unfreeze()
     return list(rows.values())
+
+
+@contextmanager
+def recorded(row: dict[str, Any]) -> Iterator[None]:
+    """What is raised inside becomes ``row["failed"]``."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        row["failed"] = "out of memory"
+    except Exception as error:  # of any kind: the methods are other projects'
+        row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def gradients(loss: Loss, x: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dw = torch.autograd.grad(loss(x, w, target), (x, w))
+    return dx, dw
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -54,60 +104,24 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return peak
 
 
-def report(title: str, rows: list[dict], *, baselines: tuple[str, ...], flop: float, size: dict, gradient_bytes: int,
-           stated_bytes: int) -> None:  # fmt: skip
-    """Print the table and write bench/results/<title>_<device>.json.
-
-    Args:
-        baselines: Bare products; the others' times are divided by that of the quickest.
-        flop: FLOP of one run, for the rate.
-        size: The problem's sizes, kept in the JSON.
-        gradient_bytes: What every method returns; memory is reported above it.
-        stated_bytes: The workspace that cosup's plan states.
-    """
-    seconds = {row["method"]: min(row["seconds"]) for row in rows if row["seconds"]}
-    floor = min(seconds[name] for name in baselines)
-    table = Table(title=f"{title}  {size}  {device_name()}")
-    for column in ("method", "ms", "spread", "x GEMMs", "GFLOP/s", "workspace MB", "/ stated"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in rows:
-        name = row["method"]
-        if name not in seconds:
-            table.add_row(name, "out of memory")
-            continue
-        row["ratio"] = seconds[name] / floor
-        row["workspace_bytes"] = row["peak_bytes"] - gradient_bytes
-        row["stated_bytes"] = stated_bytes if name == "cosup" else None
-        table.add_row(
-            name, f"{1e3 * seconds[name]:.1f}", f"{max(row['seconds']) / seconds[name]:.2f}", f"{row['ratio']:.3f}",
-            f"{flop / seconds[name] / 1e9:.0f}", f"{row['workspace_bytes'] / 1e6:.1f}",
-            f"{row['workspace_bytes'] / stated_bytes:.3f}" if name == "cosup" else "",
-        )  # fmt: skip
-    Console(width=140).print(table)
-    record = {"title": title, "size": size, "flop": flop, **environment(), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{title}_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+def _measure_errors(problem: Problem, losses: dict[str, Loss], rows: dict[str, dict[str, Any]]) -> None:
+    x, w = (t.detach().requires_grad_() for t in (problem.x[:ERROR_ROWS], problem.w))
+    target = problem.target[:ERROR_ROWS]
+    true = gradients(problem.reference, *(t.detach().double().requires_grad_() for t in (x, w)), target)
+    for name, loss in losses.items():
+        row = rows[name]
+        row["dx_error"] = row["dw_error"] = row["dw_row_error"] = None
+        if not row["failed"]:
+            with recorded(row):
+                dx, dw = gradients(loss, x, w, target)
+                row["dx_error"], _ = _errors(dx, true[0])
+                row["dw_error"], row["dw_row_error"] = _errors(dw, true[1])
 
 
-def environment() -> dict:
-    return {"device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    found = [line for line in _lscpu() if line.startswith("Model name")]
-    return found[0].split(":")[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _lscpu() -> list[str]:
-    try:
-        return subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return []
+def _errors(found: Tensor, true: Tensor) -> tuple[float, float]:
+    """Relative error of the whole matrix, and the mean of its rows' own."""
+    off, size = (t.norm(dim=1) for t in (found.double().sub_(true), true))
+    return (off.norm() / size.norm()).item(), (off / size.clamp(min=torch.finfo(size.dtype).tiny)).mean().item()
 
 
 def _seconds(run: Callable[[], object]) -> float:

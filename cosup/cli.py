@@ -1,4 +1,4 @@
-"""The command: demo, data, train, index, generate, eval, doctor. Each is a few calls of the library."""
+"""The command: demo, data, train, index, generate, eval, bench, doctor. Each is a few calls of the library."""
 
 from __future__ import annotations
 
@@ -24,9 +24,14 @@ data = typer.Typer(
     help="Fetch and build public data and weights, each by name, version and sha256.", no_args_is_help=True
 )
 app.add_typer(data, name="data")
+bench = typer.Typer(
+    help="Measure the losses against their peers on this machine: a table, JSON and a picture.", no_args_is_help=True
+)
+app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Argument(help="Folder that training wrote, or any saved Gen/Ctx pair.")]
 PassagesFile = Annotated[Path, typer.Argument(help="JSONL of passages.", exists=True, dir_okay=False)]
+ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 BatchSize = Annotated[int, typer.Option(help="Passages embedded at once.", min=1)]
 
 
@@ -74,8 +79,38 @@ def data_smollm2(out: Annotated[Path | None, typer.Option(help="Folder; default:
     console.print(str(smollm2.build(out)), highlight=False, markup=False, soft_wrap=True)
 
 
+@bench.command("linear_cross_entropy", context_settings=ANY_OPTION, add_help_option=False)
+def bench_linear_cross_entropy(context: typer.Context) -> None:
+    """Against every peer that is installed, and the bare matrix products; --help lists the options."""
+    from cosup.bench import linear_cross_entropy
+
+    linear_cross_entropy.main(context.args)
+
+
+@bench.command("info_nce", context_settings=ANY_OPTION, add_help_option=False)
+def bench_info_nce(context: typer.Context) -> None:
+    """Against plain PyTorch and the bare matrix products; --help lists the options."""
+    from cosup.bench import info_nce
+
+    info_nce.main(context.args)
+
+
+@bench.command("hidden-states")
+def bench_hidden_states(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a causal language model.")],
+    text: Annotated[Path, typer.Argument(help="A text in UTF-8.", exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to take, at most.", min=1)] = 8192,
+) -> None:
+    """Write operands for linear_cross_entropy --hidden-states: a model's states on a text, its head, the targets."""
+    from cosup.bench import hidden_states
+
+    count = hidden_states.write(model, text.read_text(encoding="utf-8"), out, tokens=tokens)
+    console.print(f"{count:,} tokens in {out}", highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    context_settings=ANY_OPTION,
     epilog="Everything else is a field of CoSupConfig, which has all of transformers' TrainingArguments: "
     "--gen, --ctx, --instances, --passages, --eval_instances, --num_layers, --pooling, --temperature, --nsp_weight, "
     "--mode, --preset paper, --learning_rate, --max_steps, --per_device_train_batch_size, --bf16, --save_steps, ...",

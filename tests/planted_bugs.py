@@ -110,6 +110,8 @@ BUGS = [
         "{\"num_warps\": tile_stats.WARPS, \"maxnreg\": 24}", "tests/test_triton_compile.py -k 80"),
     Bug("plan: over the budget", "cosup/plan.py", "total = rows * (padded(cols)", "total = rows // 2 * (padded(cols)",
         OPS + " -k peak"),
+    Bug("bench: no gradient error", "bench/measure.py", "return (off.norm() / size.norm()).item(), ", "return 0.0, ",
+        "tests/test_bench.py"),
     Bug("layout: an import against the flow", "cosup/plan.py", "from enum import Enum\n",
         "from enum import Enum\n\nimport cosup.losses\n", "tests/test_layout.py"),
     Bug("cache: passage taken in twice", "cosup/generate.py", "position_ids=cached + new", "position_ids=cached + new.clamp(max=1)",

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "evaluate": {"losses", "tokens", "data", "index", "generate", "model"},
     "doctor": {"kernels", "gemm"},
     "demo": {"data", "index", "model", "train", "evaluate", "tokens", "generate"},
-    "cli": {"data", "index", "model", "train", "evaluate", "tokens", "generate", "demo", "doctor"},
+    "cli": {"data", "index", "model", "train", "evaluate", "tokens", "generate", "demo", "doctor", "bench"},
 }
 FILES = [*ROOT.glob("kernels/*.py"), *ROOT.glob("cosup/[!_]*.py"), *ROOT.glob("cosup/data/*.py")]
 
@@ -50,6 +50,11 @@ def test_import_direction(path):
 
 def test_every_room_is_listed():
     assert {room(path) for path in FILES} <= set(MAY_IMPORT)
+
+
+def test_the_command_starts_others_lazily():
+    top = [n for n in ast.parse((ROOT / "cosup/cli.py").read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert not [ast.unparse(n) for n in top if "cosup" in ast.unparse(n)]
 
 
 def test_bare_kernels_stays_free():

@@ -1,0 +1,140 @@
+"""What a benchmark leaves: a table of each problem, and JSON and a picture of the run.
+
+They lie in the clone's bench/results/, or in ./cosup-bench/ where cosup is installed without its clone.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" if (HERE.parent / "pyproject.toml").exists() else Path("cosup-bench")
+GIGA, TERA = (1e9, "GFLOP/s"), (1e12, "TFLOP/s")
+
+
+def summarise(rows: list[dict[str, Any]], *, size: dict[str, Any], products: tuple[str, ...], flop: float,
+              gradient_bytes: int, stated_bytes: int, absent: dict[str, str]) -> dict[str, Any]:  # fmt: skip
+    """The record of one problem: the rows of ``measure``, and what follows from them.
+
+    Args:
+        size: The problem's sizes and options.
+        products: Methods that are bare matrix products; the times of all are divided by that of the quickest.
+        flop: Of forward and backward, the same for every method.
+        gradient_bytes: What every method returns; the workspace is the peak without it.
+        stated_bytes: The workspace that cosup's plan states.
+        absent: Methods left out, and why.
+    """
+    floor = min((min(row["seconds"]) for row in rows if row["method"] in products and row["seconds"]), default=None)
+    for row in rows:
+        peak, seconds, dense = row["peak_bytes"], row["seconds"], row.get("dense_seconds")
+        row["ratio"] = min(seconds) / floor if seconds and floor else None
+        row["flop_per_second"] = flop / min(seconds) if seconds else None
+        row["dense_ratio"] = min(seconds) / min(dense) if seconds and dense else None
+        row["workspace_bytes"] = None if peak is None else peak - gradient_bytes
+        row["stated_bytes"] = stated_bytes if row["method"] == "cosup" else None
+    return {"size": size, "flop": flop, "absent": absent, "rows": rows}
+
+
+def show(title: str, record: dict[str, Any]) -> None:
+    """Print the table of one problem; below it what failed and what was left out."""
+    unit, rate = TERA if torch.cuda.is_available() else GIGA
+    columns = {
+        "forward ms": lambda row: _cell(row.get("forward_seconds"), lambda s: f"{1e3 * min(s):.1f}"),
+        "fwd+bwd ms": lambda row: _cell(row["seconds"], lambda s: f"{1e3 * min(s):.1f}"),
+        "spread": lambda row: _cell(row["seconds"], lambda s: f"{max(s) / min(s):.2f}"),
+        "x GEMMs": lambda row: _cell(row["ratio"], "{:.3f}".format),
+        rate: lambda row: _cell(row["flop_per_second"], lambda f: f"{f / unit:.0f}"),
+        "workspace MB": lambda row: _cell(row["workspace_bytes"], lambda b: f"{b / 1e6:.1f}"),
+        "/ stated": lambda row: _cell(row["stated_bytes"], lambda b: f"{row['workspace_bytes'] / b:.3f}"),
+        "dx error": lambda row: _cell(row.get("dx_error"), "{:.1e}".format),
+        "dw error": lambda row: _cell(row.get("dw_error"), "{:.1e}".format),
+        "dw row error": lambda row: _cell(row.get("dw_row_error"), "{:.1e}".format),
+        "/ none ignored": lambda row: _cell(row["dense_ratio"], "{:.2f}".format),
+    }
+    if all(row["dense_ratio"] is None for row in record["rows"]):
+        del columns["/ none ignored"]
+    table = Table(title=f"{title}  {record['size']}  {device_name()}")
+    table.add_column("method", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in record["rows"]:
+        table.add_row(row["method"], *(text(row) for text in columns.values()))
+    console = Console(width=160)
+    console.print(table)
+    for row in record["rows"]:
+        if row["failed"]:
+            console.print(f"{row['method']}: failed: {row['failed']}", markup=False, highlight=False)
+    for name, why in record["absent"].items():
+        console.print(f"{name}: skipped: {why}", markup=False, highlight=False)
+
+
+def save(title: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write <title>_<device>.json and .png; return what the first holds."""
+    run = {"title": title, **environment(), "problems": records}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{title}_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    path.write_text(json.dumps(run, indent=1) + "\n")
+    _picture(title, records, path.with_suffix(".png"))
+    return run
+
+
+def environment() -> dict[str, Any]:
+    return {"device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    found = [line for line in _lscpu() if line.startswith("Model name")]
+    return found[0].split(":")[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _picture(title: str, records: list[dict[str, Any]], path: Path) -> None:
+    """Time and workspace of every method, a row of axes for each problem."""
+    heights = [1.1 + 0.28 * len(record["rows"]) for record in records]
+    figure = Figure(figsize=(10, sum(heights)), dpi=120, layout="constrained")
+    axes = figure.subplots(len(records), 2, squeeze=False, sharey="row", height_ratios=heights)
+    for (time_axes, memory_axes), record in zip(axes, records, strict=True):
+        rows = record["rows"]
+        both = [1e3 * min(row["seconds"], default=0) for row in rows]
+        forward = [1e3 * min(row.get("forward_seconds", ()), default=0) for row in rows]
+        bars = time_axes.barh(range(len(rows)), both, color="#0072b2", label="forward and backward")
+        time_axes.barh(range(len(rows)), forward, height=0.4, color="#d55e00", label="forward alone")
+        time_axes.bar_label(bars, [f"{ms:.4g}" if ms else "failed" for ms in both], padding=3, fontsize=8)
+        time_axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+        time_axes.invert_yaxis()
+        time_axes.set_xlabel("ms")
+        time_axes.legend(fontsize=8)
+        megabytes = [1e-6 * (row["workspace_bytes"] or 0) for row in rows]
+        bars = memory_axes.barh(range(len(rows)), megabytes, color="#009e73")
+        memory_axes.bar_label(bars, [f"{MB:.4g}" if MB else "" for MB in megabytes], padding=3, fontsize=8)
+        memory_axes.set_xlabel("MB above inputs and gradients")
+        time_axes.set_title(", ".join(f"{name} {value}" for name, value in record["size"].items()), size=9, loc="left")
+        for panel in (time_axes, memory_axes):
+            panel.margins(x=0.15)
+            panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{title}, {device_name()}", size=10)
+    figure.savefig(path)
+
+
+def _cell(value: Any, text: Callable[[Any], str]) -> str:
+    return "" if value is None or value == [] else text(value)
+
+
+def _lscpu() -> list[str]:
+    try:
+        return subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []

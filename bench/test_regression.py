@@ -1,0 +1,45 @@
+"""Both losses and plain PyTorch, forward and backward, at a small shape: one machine's times against its earlier ones.
+
+pytest bench --benchmark-autosave        # keep these times
+pytest bench --benchmark-compare         # against the last kept; --benchmark-compare-fail=min:10% fails on a loss
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cosup import info_nce, linear_cross_entropy
+from cosup.bench import peers
+from cosup.bench.measure import gradients
+
+
+def plain_info_nce(query, candidates, target):
+    return F.cross_entropy(query @ candidates.mT / 0.05, target)
+
+
+def fused_info_nce(query, candidates, target):
+    return info_nce(query, candidates, target, temperature=0.05, normalize=False)
+
+
+@pytest.mark.parametrize(
+    "loss, n, m, d",
+    [
+        pytest.param(linear_cross_entropy, 256, 16384, 256, id="linear_cross_entropy"),
+        pytest.param(peers.plain, 256, 16384, 256, id="linear_cross_entropy plain"),
+        pytest.param(fused_info_nce, 1024, 2048, 128, id="info_nce"),
+        pytest.param(plain_info_nce, 1024, 2048, 128, id="info_nce plain"),
+    ],
+)
+def test_forward_and_backward(benchmark, loss, n, m, d):
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, w = (F.normalize(torch.randn(k, d, device=device)).requires_grad_() for k in (n, m))
+    target = torch.arange(n, device=device)
+
+    def run():
+        found = gradients(loss, x, w, target)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return found
+
+    assert all(gradient.isfinite().all() for gradient in benchmark(run))

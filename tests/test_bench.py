@@ -1,0 +1,165 @@
+"""The benchmarks, end to end at tiny shapes: a result for every method, whatever it does. No times are compared."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from cosup import cli, linear_cross_entropy
+from cosup.bench import hidden_states, measure, peers, report
+from tiny import tiny_folder, tiny_gen, tiny_tokenizer
+
+SHAPE = ["--shape", "24", "8", "60", "--rounds", "2"]
+TIMES = ("seconds", "forward_seconds")
+ALL_PEERS = peers.PEERS
+ERRORS = ("dx_error", "dw_error", "dw_row_error")
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.app, ["bench", *(str(argument) for argument in arguments)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # peers for CUDA then count as absent
+    few = ("plain", "CCE exact")
+    monkeypatch.setattr(peers, "PEERS", {name: peers.PEERS[name] for name in few})
+    return tmp_path / "results"
+
+
+def problems(results):
+    (path,) = results.glob("*.json")
+    assert path.with_suffix(".png").stat().st_size > 1000
+    return json.loads(path.read_text())["problems"]
+
+
+def rows_of(problem):
+    return {row["method"]: row for row in problem["rows"]}
+
+
+def test_every_method_of_linear_cross_entropy_has_time_memory_and_error(results, monkeypatch):
+    slow = "torch.compile"
+    monkeypatch.setattr(peers, "PEERS", {name: peer for name, peer in ALL_PEERS.items() if name != slow})
+    output = run("linear_cross_entropy", *SHAPE, "--shape", 7, 4, 33)
+    first, second = problems(results)
+    assert [problem["size"][k] for problem in (first, second) for k in "NDV"] == [24, 8, 60, 7, 4, 33]
+    rows = rows_of(first)
+    assert {"three torch.mm", "three GEMMs", "cosup", "plain", "torch chunked"} <= set(rows)
+    for name, row in rows.items():
+        assert row["failed"] is None and row["peak_bytes"] > 0 and row["ratio"] > 0 and name in output
+        assert row["flop_per_second"] == pytest.approx(6 * 24 * 8 * 60 / min(row["seconds"]))
+        for times in TIMES if name in peers.PEERS or name == "cosup" else ["seconds"]:
+            assert len(row[times]) == 2
+    for name in ("cosup", "plain", "torch chunked"):
+        assert all(0 <= rows[name][error] < 1e-5 for error in ERRORS)
+
+
+def test_every_method_of_info_nce_has_time_memory_and_error(results):
+    run("info_nce", "--shape", 12, 20, 8, "--rounds", 1)
+    (problem,) = problems(results)
+    for row in (rows_of(problem)[name] for name in ("cosup", "plain")):
+        assert row["peak_bytes"] > 0 and all(len(row[times]) == 1 for times in TIMES)
+        assert all(row[error] < 1e-5 for error in ERRORS)
+
+
+def test_ignored_labels_are_timed_beside_none_ignored(results):
+    output = run("linear_cross_entropy", *SHAPE, "--ignored", 0.75)
+    row = rows_of(problems(results)[0])["cosup"]
+    assert len(row["dense_seconds"]) == 2 and row["dense_ratio"] > 0 and "none ignored" in output
+    assert all(row[error] < 1e-5 for error in ERRORS)
+
+
+def test_an_absent_peer_is_skipped_with_the_reason(results, monkeypatch):
+    def missing():
+        raise ImportError("no package 'elsewhere'")
+
+    monkeypatch.setitem(peers.PEERS, "elsewhere", peers.Peer(missing))
+    output = run("linear_cross_entropy", *SHAPE)
+    (problem,) = problems(results)
+    assert "elsewhere" not in rows_of(problem) and "elsewhere: skipped: not installed (no package" in output
+    assert problem["absent"]["CCE exact"] == "needs CUDA"
+
+
+@pytest.mark.parametrize("when", ["imported", "first called", "called again", "its memory is gone"])
+def test_a_peer_that_raises_is_recorded_and_the_others_go_on(results, monkeypatch, when):
+    calls = []
+
+    def make():
+        if when == "imported":
+            raise RuntimeError("no [b]driver[/b]")
+        return loss
+
+    def loss(x, w, target):
+        calls.append(1)
+        if when == "its memory is gone":
+            raise torch.OutOfMemoryError
+        if when == "first called" or len(calls) > 3:
+            raise RuntimeError("no [b]driver[/b]")
+        return peers.plain(x, w, target)
+
+    monkeypatch.setitem(peers.PEERS, "broken", peers.Peer(make))
+    output = run("linear_cross_entropy", *SHAPE)
+    rows = rows_of(problems(results)[0])
+    said = "out of memory" if when == "its memory is gone" else "RuntimeError: no [b]driver[/b]"
+    assert rows["broken"]["failed"] == said and f"broken: failed: {said}" in output
+    assert all(row["failed"] is None for name, row in rows.items() if name != "broken")
+
+
+def test_the_error_column_shows_a_wrong_gradient():
+    class Wrong(torch.autograd.Function):
+        """The identity; 1 % of each entry is missing from its gradient, or its small entries are."""
+
+        @staticmethod
+        def forward(ctx, z, drop_below):
+            ctx.drop_below = drop_below
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return (0.99 * grad if ctx.drop_below is None else grad.where(grad.abs() >= ctx.drop_below, 0)), None
+
+    def wrong(drop_below):
+        return lambda x, w, target: F.cross_entropy(Wrong.apply(x @ w.mT, drop_below), target)
+
+    x, w = torch.randn(20, 8).requires_grad_(), torch.randn(3000, 8).mul(1e-3).requires_grad_()
+    problem = measure.Problem(x, w, torch.randint(10, (20,)), peers.plain)
+    losses = {"cosup": linear_cross_entropy, "share": wrong(None), "dropped": wrong(1e-3)}
+    rows = {row["method"]: row for row in measure.measure(problem, {}, losses, 1)}
+    assert all(rows["cosup"][error] < 1e-5 for error in ERRORS)
+    assert all(rows["share"][error] == pytest.approx(0.01, rel=1e-3) for error in ERRORS)
+    assert rows["dropped"]["dw_row_error"] > 0.99  # nearly all rows of w get nothing, which dw_error hides
+    assert 1e-4 < rows["dropped"]["dw_error"] < 0.1
+
+
+def test_hidden_states_of_a_model_are_what_it_computes_its_loss_from(results, tmp_path):
+    gen, tokenizer = tiny_gen(), tiny_tokenizer()
+    folder = tiny_folder(tmp_path / "gen", gen, tokenizer)
+    text = "The hat number 1 is red. It stands alone. " * 5
+    (tmp_path / "text.txt").write_text(text)
+    file = tmp_path / "made" / "states.safetensors"
+    assert "40 tokens" in run("hidden-states", folder, tmp_path / "text.txt", file, "--tokens", 40)
+    held = load_file(file)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:41])
+    with torch.no_grad():
+        want = gen(ids[None], labels=ids[None]).loss
+    torch.testing.assert_close(linear_cross_entropy(held["x"], held["w"], held["target"]), want)
+
+    run("linear_cross_entropy", "--hidden-states", file, "--rounds", 1)
+    (problem,) = problems(results)
+    assert [problem["size"][k] for k in "NDV"] == [40, 32, 300] and problem["size"]["operands"] == file.name
+    assert all(rows_of(problem)["cosup"][error] < 1e-4 for error in ERRORS)
+
+
+def test_a_file_without_operands_is_refused(tmp_path):
+    torch.save({"x": torch.ones(3, 2), "w": torch.ones(5, 4), "target": torch.zeros(3).long()}, tmp_path / "a.pt")
+    torch.save({"x": torch.ones(3, 2)}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"want x \[N, D\].*got \[3, 2\], \[5, 4\]"):
+        hidden_states.read(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="got none named 'w'"):
+        hidden_states.read(tmp_path / "b.pt")

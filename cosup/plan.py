@@ -16,8 +16,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
 
-MIN_ROWS = 64  # a block of fewer whole rows spends its time on the table's gradient: take slabs instead
-SLAB_ROWS = 1024  # rows of a block once columns go in slabs, fewer if such a tile would be taller than wide
+SLAB_HEIGHT = 16  # rows of a block once columns go in slabs, in least_rows; fewer if such a tile were taller than wide
 STRIP_SHARE = 32  # a strip has at most so many elements to a byte of the workspace: float32 ones, an eighth of it
 ALIGN = 16  # tile rows start on 64 bytes
 
@@ -41,6 +40,7 @@ class Cost(NamedTuple):
 
     strip: int  # not bytes: elements multiplied at once; 0: a whole tile
     features: int  # not bytes: the length D of the vectors
+    least_rows: int  # not bytes: with fewer to a block, adding to the table's gradient costs more than a second product
     tile: int  # per element of the tile
     dots: int  # per element of a strip before it is copied into the tile
     coef: int  # per element of a strip while its gradients are added: coefficients beside the tile
@@ -70,14 +70,14 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
 
     strategy = Strategy.RECOMPUTE if grads else Strategy.STATISTICS
     rows = _most(n, lambda rows: fits(rows, m))
-    if rows >= min(n, MIN_ROWS):
+    if rows >= min(n, cost.least_rows):
         blocks = -(-n // max(rows, 1))
         even = -(-n // max(blocks, 1))
         rows, cols = even if fits(even, m) else rows, m
         if grads and weights_known:
             strategy = Strategy.GRADS_IN_FORWARD
     else:
-        rows = min(n, SLAB_ROWS)
+        rows = min(n, SLAB_HEIGHT * cost.least_rows)
         while rows > 1 and not fits(rows, min(m, max(rows, ALIGN))):
             rows = -(-rows // 2)
         cols = m if fits(rows, m) else ALIGN * _most(m // ALIGN, lambda parts: fits(rows, ALIGN * parts))

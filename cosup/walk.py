@@ -33,6 +33,9 @@ BACKENDS = ("auto", "reference", "native", "triton")
 DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# 4 times the FLOP that a processor does while it moves a byte, about 16 and 250: for each column a block of R rows costs
+# 2 R D FLOP in a product, and moves 8 D bytes of the table's gradient.
+LEAST_ROWS = {"cpu": 64, "cuda": 1024}
 STRIP = 1 << 20  # elements multiplied at once on a CPU: about what its cache holds
 REFERENCE_COPIES = 6  # tiles that the PyTorch kernels hold at once, by count of their temporaries
 
@@ -229,6 +232,7 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0) -> 
     return Cost(
         strip=STRIP if on_cpu else 0,
         features=d,
+        least_rows=LEAST_ROWS.get(x.device.type, 1024),
         tile=wide * (REFERENCE_COPIES if backend == "reference" else 1),
         dots=product,
         coef=product * (2 if x.dtype == torch.bfloat16 else 1),  # 16-bit ones are apart; oneDNN packs them

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from cosup import linear_cross_entropy, linear_log_prob, plan
+from cosup import linear_cross_entropy, linear_log_prob, plan, walk
 
 N, D, V = 41, 7, 90
 SPLITS = {2: [64, 26], 3: [70, 1, 19]}  # of the head's rows
@@ -47,7 +47,7 @@ def vocabulary_parallel_equals_one_process(rank, world):
         {"label_smoothing": 0.2, "z_loss": 0.1, "logit_softcap": 3.0},
         {"weight": weight, "label_smoothing": 0.1},
     ]
-    plan.MIN_ROWS = plan.SLAB_ROWS = 8
+    plan.SLAB_HEIGHT, walk.LEAST_ROWS["cpu"] = 1, 8
     budgets = [None, 60_000, 20_000]  # all rows at once; blocks of them; slabs of columns
     for options, reduction, budget in itertools.product(features, ["mean", "sum", "none"], budgets):
         results = []

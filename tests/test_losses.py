@@ -23,8 +23,8 @@ BACKENDS_AND_SHAPES = [(b, s) for b in BACKENDS for s in SHAPES if b != "triton"
 @pytest.fixture(autouse=True)
 def narrow_slabs(monkeypatch):
     """Small tables fit one slab and one strip whole; the tests want several of each."""
-    monkeypatch.setattr("cosup.plan.MIN_ROWS", 20)
-    monkeypatch.setattr("cosup.plan.SLAB_ROWS", 16)
+    monkeypatch.setattr("cosup.walk.LEAST_ROWS", {"cpu": 20, "cuda": 20})
+    monkeypatch.setattr("cosup.plan.SLAB_HEIGHT", 1)
     monkeypatch.setattr("cosup.walk.STRIP", 256)
 
 

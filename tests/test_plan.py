@@ -4,10 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosup.plan import MIN_ROWS, Cost, Strategy, plan, used
+from cosup.plan import Cost, Strategy, plan, used
 
-WIDE = Cost(strip=0, features=768, tile=4, dots=0, coef=0, product=0, row=60, block_row=0, table_row=0, query_row=0)
+WIDE = Cost(strip=0, features=768, least_rows=64, tile=4, dots=0, coef=0, product=0, row=60,
+            block_row=0, table_row=0, query_row=0)  # fmt: skip
 costs = st.builds(Cost, strip=st.sampled_from([0, 1 << 20]), features=st.integers(0, 10_000),
+                  least_rows=st.integers(1, 2000),
                   tile=st.sampled_from([4, 8]), dots=st.sampled_from([0, 2, 4, 20]), coef=st.sampled_from([0, 2]),
                   product=st.sampled_from([0, 4, 6]), row=st.integers(0, 80), block_row=st.integers(0, 10_000),
                   table_row=st.integers(0, 5_000), query_row=st.integers(0, 5_000))  # fmt: skip
@@ -40,7 +42,7 @@ def test_strategies():
             2048, 50257, WIDE, **{"grads": True, "weights_known": True, **asked}, workspace_bytes=budget
         ).strategy
 
-    enough = used(2048, 50257, MIN_ROWS, 50257, WIDE, True)
+    enough = used(2048, 50257, WIDE.least_rows, 50257, WIDE, True)
     assert strategy(enough) is Strategy.GRADS_IN_FORWARD
     assert strategy(enough - 1) is Strategy.RECOMPUTE
     assert strategy(enough, weights_known=False) is Strategy.RECOMPUTE

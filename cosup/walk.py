@@ -33,7 +33,7 @@ BACKENDS = ("auto", "reference", "native", "triton")
 DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# 4 times the FLOP that a processor does while it moves a byte, about 16 and 250: for each column a block of R rows costs
+# 4 times the FLOP that a processor does while it moves a byte, about 16 and 250: for each column a block of R rows has
 # 2 R D FLOP in a product, and moves 8 D bytes of the table's gradient.
 LEAST_ROWS = {"cpu": 64, "cuda": 1024}
 STRIP = 1 << 20  # elements multiplied at once on a CPU: about what its cache holds

@@ -63,7 +63,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         loss = sum_n token_weight[n] loss[n]          over rows not ignored
 
     Same value and gradients as ``F.cross_entropy(z, target, weight, label_smoothing=s)``. ``"mean"`` divides by
-    sum_n token_weight[n] c[target[n]]. With no row left the loss and its gradients are 0.
+    sum_n token_weight[n] c[target[n]], or by 1 where that is 0. With no row left the loss and its gradients are 0.
 
     Args:
         input: [..., D]; float32, bfloat16, float16 or float64. Under autocast it and the head take autocast's dtype.
@@ -85,7 +85,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         process_group: The head's rows are split among its ranks, in rank order, evenly or not: ``linear_weight``,
             ``linear_bias`` and ``weight`` are the part of this rank; the rest is alike on all, ``target`` among all V.
             Loss, statistics and the gradient of ``input`` come out whole on every rank. Each call tells the others
-            how many rows are here, and waits.
+            how many rows are here, and waits; all ranks make the same calls and ask the same gradients.
         batch_invariant: A row's loss, statistics and, with ``reduction`` "sum" or "none", gradient of ``input`` have
             the same bits whatever rows stand beside it. Slower: all products have 64 rows (256 on CUDA), ignored ones
             too; what grows with the number of rows is beside the workspace.
@@ -106,6 +106,8 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
+    if ignore_index is None:
+        raise ValueError("ignore_index must be an integer, got None")
     if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0:
         raise ValueError(f"shift must be an integer of at least 0, got {shift!r}")
     _check_reduction(reduction)
@@ -151,8 +153,7 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
     Raises:
         ValueError, IndexError: As :func:`linear_cross_entropy`.
     """
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    _check_positive("temperature", temperature)
     softcap = None if logit_softcap is None else logit_softcap / temperature
     scale = logit_scale / temperature
     head = _head(input, linear_weight, target, linear_bias, lora, scale, softcap, shift, ignore_index)
@@ -311,10 +312,9 @@ def _head(input, linear_weight, target, linear_bias, lora, logit_scale, logit_so
     _check_vector("target", target, input.shape[:-1], input.device, torch.int64)
     if linear_bias is not None:
         _check_vector("linear_bias", linear_bias, linear_weight.shape[:1], input.device, None)
-    if not 0 < logit_scale < float("inf"):
-        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
-    if logit_softcap is not None and not 0 < logit_softcap < float("inf"):
-        raise ValueError(f"logit_softcap must be positive and finite, got {logit_softcap}")
+    _check_positive("logit_scale", logit_scale)
+    if logit_softcap is not None:
+        _check_positive("logit_softcap", logit_softcap)
     if shift:
         target = F.pad(target, (0, shift), value=ignore_index)[..., shift:]
     dtype = torch.promote_types(input.dtype, torch.float32)
@@ -323,14 +323,17 @@ def _head(input, linear_weight, target, linear_bias, lora, logit_scale, logit_so
     x = input.flatten(0, -2) if input.ndim > 1 else input[None]
     low_rank = None
     if lora is not None:
-        a, b, factor = lora
         want = f"lora must be (A [r, {x.shape[1]}], B [{len(linear_weight)}, r], finite scaling) on {x.device}"
+        if not isinstance(lora, tuple | list) or len(lora) != 3:
+            raise ValueError(f"{want}, got {lora!r}")
+        a, b, factor = lora
         matrices = all(isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point() for t in (a, b))
         if not (matrices and isinstance(factor, float | int) and abs(factor) < float("inf")):
             raise ValueError(f"{want}, got {lora!r}")
         if (a.shape[1], *b.shape) != (x.shape[1], len(linear_weight), a.shape[0]) or {a.device, b.device} != {x.device}:
             raise ValueError(f"{want}, got A {[*a.shape]} on {a.device} and B {[*b.shape]} on {b.device}")
-        low_rank = (factor * (x @ a.to(x.dtype).mT), b.to(x.dtype))
+        ignored = (target == ignore_index).reshape(-1, 1)  # such a row may hold anything
+        low_rank = (factor * (x.masked_fill(ignored, 0.0) @ a.to(x.dtype).mT), b.to(x.dtype))
     return _Head(x, linear_weight, target.reshape(-1), scale, bias, logit_softcap or 0.0, low_rank)
 
 
@@ -345,6 +348,8 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     if not torch.compiler.is_compiling() and (_functorch_level() is not None or _forward_ad_level() >= 0):
         raise RuntimeError("cosup's losses have reverse-mode gradients only: no torch.func transform, no forward mode")
     workspace = DEFAULT_WORKSPACE.get(x.device.type, 1 << 30) if workspace_bytes is None else workspace_bytes
+    if isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 0:
+        raise ValueError(f"workspace_bytes must be an integer of at least 0, got {workspace_bytes!r}")
     backend, group = resolve(backend, x), None if process_group is None else process_group.group_name
     grad = torch.is_grad_enabled()
     x2, w2 = (None, None) if lora is None else lora
@@ -359,7 +364,7 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
         end = (0, -n % ops.INVARIANT_ROWS.get(x.device.type, 1))
         x, x2 = F.pad(x, (0, 0, *end)), None if x2 is None else F.pad(x2, (0, 0, *end))
         target, weight, valid = F.pad(target, end, value=ignore_index), F.pad(weight, end), F.pad(valid, end)
-    weights, soft, divisor = _row_weights(weight, target, w, class_weight, label_smoothing, z_loss, group)
+    weights, soft, divisor = _row_weights(weight, target, valid, w, class_weight, label_smoothing, z_loss, group)
     if reduction == "mean":
         divisor = torch.where(divisor == 0, 1.0, divisor)
         weights = weights.map(lambda v: v / divisor)
@@ -380,17 +385,17 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     return loss, RowStats(nll, lse, -nll, entropy, place, (place == 1) & ~nll.isnan())
 
 
-def _row_weights(weight, target, w, class_weight, label_smoothing, z_loss, group):
+def _row_weights(weight, target, valid, w, class_weight, label_smoothing, z_loss, group):
     """The formula of :func:`linear_cross_entropy` as weights of the engine's statistics; the weights of the columns in
     the soft targets; what "mean" divides by."""
     b, c, e, soft = weight, None, None, None
     if class_weight is not None or label_smoothing:
         columns = weight.new_ones(w.shape[0]) if class_weight is None else class_weight.detach().to(weight.dtype)
         own, total, count = ops.column_values(columns, target, group)
-        b = weight * own
+        b = weight * own.masked_fill(~valid, 0.0)  # an ignored target may have met a weight of inf
     divisor = b.sum()
     if label_smoothing:
-        soft, e = columns, label_smoothing / count * weight
+        soft, e = columns, label_smoothing / count.clamp(min=1) * weight
         b, c = (1 - label_smoothing) * b, e * total
     return RowWeights(b, c, e, 2 * z_loss * weight if z_loss else None), soft, divisor
 
@@ -413,8 +418,7 @@ def _autocast(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
 
 def _temperature(temperature: float | Tensor, device: torch.device) -> Tensor:
     if not isinstance(temperature, Tensor):
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        _check_positive("temperature", temperature)
         return torch.full((), temperature, dtype=torch.float64, device=device)
     if temperature.numel() != 1 or temperature.device != device:
         raise ValueError(
@@ -422,8 +426,8 @@ def _temperature(temperature: float | Tensor, device: torch.device) -> Tensor:
         )
     if device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async((temperature > 0).all(), "temperature must be positive")
-    elif not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature.item()}")
+    elif not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature.item()}")
     return temperature.reshape(())
 
 
@@ -443,6 +447,12 @@ def _check_vector(name: str, v: Tensor, shape, device: torch.device, dtype: torc
         raise ValueError(f"{name} must be {dtype or 'floating'}, got {v.dtype}")
     if v.device != device:
         raise ValueError(f"{name} must be on {device}, got {v.device}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    """A number whose inverse is finite too, in float32."""
+    if not isinstance(value, float | int) or not 1e-30 < value < 1e30:
+        raise ValueError(f"{name} must be a number, positive and finite (1e-30 to 1e30), got {value!r}")
 
 
 def _check_reduction(reduction: str) -> None:

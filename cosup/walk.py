@@ -37,7 +37,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # 2 R D FLOP in a product, and moves 8 D bytes of the table's gradient.
 LEAST_ROWS = {"cpu": 64, "cuda": 1024}
 STRIP = 1 << 20  # elements multiplied at once on a CPU: about what its cache holds
-REFERENCE_COPIES = 6  # tiles that the PyTorch kernels hold at once, by count of their temporaries
+REFERENCE_COPIES = 9  # tiles that the PyTorch kernels hold at once at most, by count of their temporaries
 
 
 class Problem(NamedTuple):
@@ -317,12 +317,13 @@ def _target_logits(p: Problem, state: RowState, plan: Plan) -> None:
     d = max(1, sum(x.shape[1] for x, _ in operands))
     for r in _spans(0, len(p.target), max(1, plan.block_rows * plan.block_cols // (4 * d))):
         target_r = (p.target[r] - p.col0).clamp(0, len(p.w) - 1)
-        product_RD = torch.cat([_take(p, x, r).to(p.scale.dtype) * w[target_r] for x, w in operands], 1)
-        # raised by what a GEMM may round otherwise: an equal logit must not count as above
-        slack_r = 4 * torch.finfo(p.scale.dtype).eps * product_RD.abs().sum(1)
-        if p.x.element_size() < 4 and not p.x.is_cuda:
-            slack_r += torch.finfo(p.x.dtype).eps * product_RD.sum(1).abs()
-        u_r = (product_RD.sum(1) + slack_r) * p.scale
+        dot_r = torch.zeros_like(state.max[r])
+        for x, w in operands:
+            product_RD = _take(p, x, r).to(p.scale.dtype) * w[target_r]
+            # raised by what a GEMM may round otherwise: an equal logit must not count as above
+            raised_r = product_RD.sum(1) + 4 * torch.finfo(p.scale.dtype).eps * product_RD.abs().sum(1)
+            dot_r += raised_r if x.is_cuda else raised_r.to(x.dtype)  # rounded as the tile's products are
+        u_r = dot_r * p.scale
         if p.bias is not None:
             u_r += p.bias[target_r]
         state.target[r] = p.softcap * torch.tanh(u_r / p.softcap) if p.softcap else u_r

@@ -84,7 +84,8 @@ def tile_stats(
     state.sum.mul_(decay_R).add_(e_RS.sum(1))
     state.max.copy_(new_R)
     if soft_S is not None:
-        state.soft.add_(torch.where(z_RS == float("-inf"), 0.0, soft_S * z_RS).sum(1))
+        soft_RS = soft_S * z_RS
+        state.soft.add_((soft_RS if row_id_R is None else soft_RS.masked_fill(z_RS == float("-inf"), 0.0)).sum(1))
 
 
 def tile_grad(
@@ -96,9 +97,9 @@ def tile_grad(
         out[r, s] = ((a[r] + h[r] (z - shift[r])) exp(z - shift[r]) - b[r] [col0 + s == target[r]] - e[r] soft[s]) dz/du
 
     With ``shift`` the row's maximum and ``a`` divided by the row's sum the first term is a multiple of the softmax,
-    more exact than exp(z - lse). ``e`` serves label smoothing, ``h`` the entropy; None: 0. Rows with a == b == 0 are
-    zero whatever their logits are. ``out_RS`` may share memory with ``dot_RS``; the target term is subtracted before
-    rounding to its dtype.
+    more exact than exp(z - lse). ``e`` serves label smoothing, ``h`` the entropy; None: 0. Rows with a == b == e == 0
+    are zero whatever their logits are. ``out_RS`` may share memory with ``dot_RS``; the target term is subtracted
+    before rounding to its dtype.
     """
     z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap)
     excess_RS = z_RS - shift_R[:, None]
@@ -111,5 +112,5 @@ def tile_grad(
         c_RS = c_RS * (1 - (z_RS / softcap) ** 2)
     if row_id_R is not None:
         c_RS = c_RS.masked_fill(z_RS == float("-inf"), 0.0)  # with a softcap the chain factor is infinite there
-    idle_R1 = ((a_R == 0) & (b_R == 0))[:, None]
-    out_RS.copy_(torch.where(idle_R1, 0.0, c_RS))
+    idle_R = (a_R == 0) & (b_R == 0) if soft_S is None else (a_R == 0) & (b_R == 0) & (e_R == 0)
+    out_RS.copy_(torch.where(idle_R[:, None], 0.0, c_RS))

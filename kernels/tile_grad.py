@@ -28,11 +28,12 @@ def _grad_kernel(dot_ptr, stride_R, out_ptr, out_stride_R, shift_ptr, a_ptr, b_p
     shift = tl.load(shift_ptr + row)
     a = tl.load(a_ptr + row)
     b = tl.load(b_ptr + row)
+    idle = (a == 0) & (b == 0)
     if HAS_SOFT:
         e = tl.load(e_ptr + row)
+        idle = idle & (e == 0)
     if HAS_H:
         h = tl.load(h_ptr + row)
-    idle = (a == 0) & (b == 0)
     for s0 in range(0, S, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
         z, chain = tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, col0 + s, target, softcap,
@@ -45,7 +46,7 @@ def _grad_kernel(dot_ptr, stride_R, out_ptr, out_stride_R, shift_ptr, a_ptr, b_p
         c = p - tl.where(col0 + s == target, b, 0.0)
         if HAS_SOFT:
             soft = tl.load(soft_ptr + s, s < S, other=0.0)
-            c -= tl.where(z == float("-inf"), 0.0, e * soft)
+            c -= tl.where(z == float("-inf"), 0.0, e * soft) if HAS_ID else e * soft
         c = tl.where(idle, 0.0, c * chain)
         tl.debug_barrier()  # every thread has read its part of the block before any writes
         tl.store(out_ptr + s, c.to(out_ptr.dtype.element_ty), s < S)

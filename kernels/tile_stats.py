@@ -69,7 +69,8 @@ def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_pt
         above += tl.sum(((z > threshold) & (col0 + s != target)).to(tl.int32), 0)
         if HAS_SOFT:
             soft = tl.load(soft_ptr + s, s < S, other=0.0)
-            run_soft += tl.sum(tl.where(z == float("-inf"), 0.0, soft * z), 0)
+            left_out = (s >= S) | (z == float("-inf")) if HAS_ID else s >= S
+            run_soft += tl.sum(tl.where(left_out, 0.0, soft * z), 0)
         new = tl.maximum(run_max, tl.max(z, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far
         z -= safe

@@ -74,7 +74,7 @@ def test_grad_matches_the_specification(kernels, shape, features):
     state = RowState.empty(shape[0], dot)
     reference.tile_stats(dot, state, *arguments)
     a, b, e, h = torch.randn(4, shape[0], device=device)
-    a[-1] = b[-1] = 0
+    a[-1] = b[-1] = e[-1] = 0
     more = (e if arguments[-1] is not None else None, h if features in ("plain", "all") else None)
     want = torch.empty_like(dot)
     reference.tile_grad(dot, want, state.lse(), a, b, *arguments, *more)

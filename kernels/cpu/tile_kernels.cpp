@@ -143,7 +143,7 @@ void stats_row(const float* dot, int64_t S, int64_t own, const Features& f, cons
     if (f.soft) {
       float chunk_soft = 0.f;
 #pragma omp simd reduction(+ : chunk_soft)
-      for (int64_t j = 0; j < n; ++j) chunk_soft += z[j] == -INF ? 0.f : f.soft[first + j] * z[j];
+      for (int64_t j = 0; j < n; ++j) chunk_soft += row_id && z[j] == -INF ? 0.f : f.soft[first + j] * z[j];
       soft += chunk_soft;
     }
     top = next;
@@ -158,7 +158,7 @@ void stats_row(const float* dot, int64_t S, int64_t own, const Features& f, cons
 template <bool CAP>
 void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Features& f, const int64_t* row_id, float shift,
               float a, float b, float e, float h) {
-  if (a == 0.f && b == 0.f) {
+  if (a == 0.f && b == 0.f && e == 0.f) {
     std::fill(out, out + S, 0.f);
     return;
   }
@@ -179,7 +179,7 @@ void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Featur
     if (f.soft) {
       const float* soft = f.soft + first;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) c[j] -= z[j] == -INF ? 0.f : e * soft[j];
+      for (int64_t j = 0; j < n; ++j) c[j] -= row_id && z[j] == -INF ? 0.f : e * soft[j];
     }
     if (mine && own >= first && own < first + n) c[own - first] -= b;
     if (CAP) {

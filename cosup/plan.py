@@ -91,6 +91,8 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
 
 def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
     """Bytes that a walk in blocks of rows x cols holds at its peak."""
+    if rows == 0:
+        return 0
     total = rows * (padded(cols) * cost.tile + cost.block_row) + n * cost.row
     strip = strip_cols(rows, cols, cost)
     product = max(rows, strip) * cost.features * cost.product

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CHAIN = 256  # features that oneDNN adds up one after the other: rounding grows with the root of a chain's length
+
 
 def returns_product(x: Tensor) -> bool:
     """Whether products of tensors like x come in new memory, before they are copied or added to where they belong."""
@@ -17,30 +19,38 @@ def returns_product(x: Tensor) -> bool:
 
 def dots(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b.T; ``out`` may be wider than the operands."""
-    if out.is_cuda and out.dtype != a.dtype:
-        torch.mm(a, b.mT, out_dtype=out.dtype, out=out)
+    if _by_onednn(a):
+        _add_onednn(out, a, b.mT, first=True)
     elif returns_product(a):
-        out.copy_(_product(a, b))
+        out.copy_(a @ b.mT)
+    elif out.dtype != a.dtype:
+        torch.mm(a, b.mT, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b.mT, out=out)
 
 
 def add(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """total = a @ b if ``first``, else total += a @ b; partial sums in the dtype of ``total``."""
-    if returns_product(a):
-        product = _product(a, b.mT)
-        total.copy_(product) if first else total.add_(product)
+    if _by_onednn(a):
+        _add_onednn(total, a, b, first=first)
+    elif returns_product(a):
+        total.copy_(a @ b) if first else total.add_(a @ b)
     elif total.dtype != a.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=total.dtype, out=total)
     else:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T"""
-    if _by_onednn(a):
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.mT
+def _add_onednn(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    for k in range(0, a.shape[1], CHAIN):
+        product = _onednn(a[:, k : k + CHAIN], b[k : k + CHAIN])
+        total.copy_(product) if first and k == 0 else total.add_(product)
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, with b dense in rows or columns: else oneDNN takes a very slow path."""
+    b = b.mT if b.is_contiguous() or b.mT.is_contiguous() else b.contiguous().mT
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
 def _by_onednn(x: Tensor) -> bool:
@@ -53,7 +63,7 @@ def _has_onednn() -> bool:
         return False
     try:
         a = torch.arange(6.0).view(2, 3)
-        return torch.equal(torch.ops.mkldnn._linear_pointwise(a, a, None, "none", [], ""), a @ a.mT)
+        return torch.equal(_onednn(a, a.mT), a @ a.mT)
     except (AttributeError, RuntimeError):
         return False
 

@@ -234,7 +234,7 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0) -> 
         features=d,
         least_rows=LEAST_ROWS.get(x.device.type, 1024),
         tile=wide * (REFERENCE_COPIES if backend == "reference" else 1),
-        dots=product,
+        dots=product * 3 // 2 if item == 4 and d > gemm.CHAIN else product,  # with the parts that oneDNN packs
         coef=product * (2 if x.dtype == torch.bfloat16 else 1),  # 16-bit ones are apart; oneDNN packs them
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
         row=5 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets and row numbers

@@ -69,6 +69,7 @@ BUGS = [
     Bug("memory: the PyTorch kernels' tiles", "cosup/walk.py", "REFERENCE_COPIES = 9", "REFERENCE_COPIES = 6", OPS + " -k reference_path"),
     Bug("layout: rows that overlap", "cosup/ops.py", "(t.stride(1 - i) == 0 or t.stride(1 - i) >= t.shape[i])", "True",
         LOSSES + " -k overlapping"),
+    Bug("oneDNN: sums in one chain", "cosup/gemm.py", "CHAIN = 256", "CHAIN = 1 << 20", "tests/test_gemm.py"),
     Bug("LoRA: without its scaling", "cosup/losses.py", "low_rank = (factor * (x.masked", "low_rank = (1.0 * (x.masked",
         LOSSES + " -k adapted"),
     Bug("LoRA: gradient of the base's rows", "cosup/walk.py", "dx2, dw2 = (products[1].dx, products[1].dw)",

@@ -1,0 +1,26 @@
+"""The engine's products round little worse than torch.mm, however long their sums are."""
+
+import pytest
+import torch
+
+from cosup import gemm
+
+
+@pytest.mark.parametrize("length", [1, 300, 1024, 8192])
+def test_long_sums(length):
+    a, b = torch.rand(64, length), torch.rand(96, length)
+    out, more = torch.empty(64, 100)[:, :96], torch.ones(64, 96)
+    gemm.dots(a, b, out)
+    gemm.add(more, a, b.mT, first=False)
+    truth = a.double() @ b.double().mT
+    theirs = ((a @ b.mT).double() - truth).norm()
+    assert (out.double() - truth).norm() <= 1.5 * theirs
+    assert (more.double() - 1 - truth).norm() <= 1.5 * theirs + torch.finfo(torch.float32).eps * truth.norm()
+
+
+def test_parts_of_any_layout():
+    """Rows and columns of larger matrices, transposed or not, and more of them than one product takes at once."""
+    x, w = torch.randn(50, 1400)[:, 3:703], torch.randn(1400, 90).mT[:, 1::2]
+    total = torch.zeros(50, 90)
+    gemm.add(total, x, w.mT, first=True)
+    torch.testing.assert_close(total, x @ w.mT, rtol=1e-4, atol=1e-4)

@@ -26,7 +26,8 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, i
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync) and
     where a row must stay in its place."""
     part = None if group is None else shard(group, len(w), x.device)
-    x, w, x2, w2 = (t if t is None or _laid_out(t) else t.contiguous() for t in (x, w, x2, w2))
+    # else each GEMM would copy its part
+    x, w, x2, w2 = (t if t is None or 1 in t.stride() else t.contiguous() for t in (x, w, x2, w2))
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     vectors = (target, bias, row_id, col_id, soft)
     target, bias, row_id, col_id, soft = (t if t is None else t.contiguous() for t in vectors)
@@ -45,11 +46,6 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, i
     if ignore_index is None:
         return p
     return p._replace(target=target.masked_fill(~valid, -1), skip=~valid)
-
-
-def _laid_out(t: Tensor) -> bool:
-    """Whether a GEMM can read the matrix as it lies: unit stride along one side, no overlap along the other."""
-    return any(t.stride(i) == 1 and (t.stride(1 - i) == 0 or t.stride(1 - i) >= t.shape[i]) for i in (0, 1))
 
 
 def _plan(p: Problem, backend: str, workspace_bytes: int, invariant: bool, grads: bool, weights_known: bool):

@@ -43,8 +43,8 @@ def add(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 def _add_onednn(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     for k in range(0, a.shape[1], CHAIN):
-        product = _onednn(a[:, k : k + CHAIN], b[k : k + CHAIN])
-        total.copy_(product) if first and k == 0 else total.add_(product)
+        merge = total.copy_ if first and k == 0 else total.add_
+        merge(_onednn(a[:, k : k + CHAIN], b[k : k + CHAIN]))  # unnamed: freed before the next
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:

@@ -354,6 +354,8 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     grad = torch.is_grad_enabled()
     x2, w2 = (None, None) if lora is None else lora
     need = [grad and t is not None and t.requires_grad for t in (x, w, bias, x2, w2, scale)]
+    if backend == "fused" and any(need[:-1]):
+        backend = "triton"  # a second sweep's products must round as those did that the statistics are of
     # float16 waits for the upstream gradient: p / N is below its range without a loss scale, sums over N are above it
     known = reduction != "none" and x.dtype != torch.float16
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index

@@ -32,6 +32,7 @@ class Plan(NamedTuple):
     block_rows: int
     block_cols: int
     strip_cols: int  # columns multiplied at once
+    merged_cols: int  # columns whose statistic alone is kept; 1: each logit is
     workspace_bytes: int  # predicted peak above inputs, outputs and gradients
 
 
@@ -41,6 +42,7 @@ class Cost(NamedTuple):
     strip: int  # not bytes: elements multiplied at once; 0: a whole tile
     features: int  # not bytes: the length D of the vectors
     least_rows: int  # not bytes: with fewer to a block, adding to the table's gradient costs more than a second product
+    merged_cols: int  # not bytes: columns to an element of the tile
     tile: int  # per element of the tile
     dots: int  # per element of a strip before it is copied into the tile
     coef: int  # per element of a strip while its gradients are added: coefficients beside the tile
@@ -86,14 +88,15 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
             raise ValueError(
                 f"workspace_bytes must be at least {least} for {n} rows and {m} columns, got {workspace_bytes}"
             )
-    return Plan(strategy, rows, cols, strip_cols(rows, cols, cost), used(n, m, rows, cols, cost, grads))
+    workspace = used(n, m, rows, cols, cost, grads)
+    return Plan(strategy, rows, cols, strip_cols(rows, cols, cost), cost.merged_cols, workspace)
 
 
 def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
     """Bytes that a walk in blocks of rows x cols holds at its peak."""
     if rows == 0:
         return 0
-    total = rows * (padded(cols) * cost.tile + cost.block_row) + n * cost.row
+    total = rows * (padded(-(-cols // cost.merged_cols)) * cost.tile + cost.block_row) + n * cost.row
     strip = strip_cols(rows, cols, cost)
     product = max(rows, strip) * cost.features * cost.product
     total += max(rows * strip * cost.dots, (rows * strip * cost.coef + product) if grads else 0)

@@ -29,7 +29,7 @@ from cosup.kernels.reference import RowState
 from cosup.plan import Cost, Plan, padded
 
 _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
-BACKENDS = ("auto", "reference", "native", "triton")
+BACKENDS = ("auto", "reference", "native", "triton", "fused")
 DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -37,6 +37,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # 2 R D FLOP in a product, and moves 8 D bytes of the table's gradient.
 LEAST_ROWS = {"cpu": 64, "cuda": 1024}
 STRIP = 1 << 20  # elements multiplied at once on a CPU: about what its cache holds
+FUSED_COLUMNS, FUSED_FIELDS = 128, 5  # of ``product_stats``: columns that share one statistic, and what that takes
 REFERENCE_COPIES = 9  # tiles that the PyTorch kernels hold at once at most, by count of their temporaries
 
 
@@ -109,12 +110,13 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
         RowState (``known`` where that was given), and the gradients of x, w, bias, x2, w2; None for one not asked.
     """
     n, m, need = len(p.target), len(p.w), need or Need()
-    tile_stats, tile_grad = tile_kernels(backend, p.x)
+    tile_stats, tile_grad, product_stats = tile_kernels(backend, p.x)
     state = RowState.empty(n, p.scale) if known is None else known
-    if rank and (plan.block_cols < m or p.shard is not None):
+    fused = plan.merged_cols > 1  # no logits: their products are merged as they are made
+    if rank and (fused or plan.block_cols < m or p.shard is not None):
         _target_logits(p, state, plan)
-    rows, cols = min(plan.block_rows, n), padded(plan.block_cols)
-    tile_buffer = torch.empty(rows, cols, dtype=p.scale.dtype, device=p.x.device)
+    rows, cols = min(plan.block_rows, n), padded(-(-plan.block_cols // plan.merged_cols))
+    tile_buffer = torch.empty(rows, cols * (FUSED_FIELDS if fused else 1), dtype=p.scale.dtype, device=p.x.device)
     if weights is not None:
         assert known is not None or plan.block_cols >= m
         weights = weights.map(lambda v: v * p.scale)  # the chain from u = scale * dot to dot
@@ -128,24 +130,28 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
         for r in _spans(0, n, plan.block_rows):
             for product in products:
                 product.start_block(r)
-            strips = [_strip(p, r, c, tile_buffer, s.start) for c in _spans(s.start, s.stop, plan.strip_cols)]
-            for c, tile, _ in strips:
-                for product in products:
-                    product.dots(c, tile, first=product is products[0])
-            if known is None:
-                _, tile, features = _strip(p, r, s, tile_buffer, s.start)
-                tile_stats(tile, state.rows(r), *features)
-                if p.shard is not None and s.stop == m:
-                    merge(state.rows(r), p.shard.holds(p.target[r], m), p.shard, rank)
+            if fused:
+                product_stats(products[0].x_r, p.w[s], state.rows(r), tile_buffer, rank, *_features(p, r, s))
+            else:
+                tile = tile_buffer[: r.stop - r.start, : s.stop - s.start]
+                strips = [(c, tile[:, c.start - s.start : c.stop - s.start])
+                          for c in _spans(s.start, s.stop, plan.strip_cols)]  # fmt: skip
+                for c, strip in strips:
+                    for product in products:
+                        product.dots(c, strip, first=product is products[0])
+                if known is None:
+                    tile_stats(tile, state.rows(r), *_features(p, r, s))
+            if known is None and p.shard is not None and s.stop == m:
+                merge(state.rows(r), p.shard.holds(p.target[r], m), p.shard, rank)
             if weights is None:
                 continue
             coefficients = _row_coefficients(weights.rows(r), state.rows(r))
-            for c, tile, features in strips:
-                coef = _coefficients(tile_grad, tile, p.x.dtype, state.max[r], coefficients, features)
+            for c, strip in strips:
+                coef = _coefficients(tile_grad, strip, p.x.dtype, state.max[r], coefficients, _features(p, r, c))
                 for product in products:
                     product.add(c, coef)
                 if dbias is not None:
-                    dbias[c] += (coef if tile.is_cuda else tile).sum(0, dtype=p.scale.dtype)
+                    dbias[c] += (coef if strip.is_cuda else strip).sum(0, dtype=p.scale.dtype)
             for product in products:
                 product.end_block()
         for product in products:
@@ -177,14 +183,17 @@ class _Product:
         self.several_rows, several_cols = plan.block_rows < n, plan.block_cols < m
         self.several_strips = plan.strip_cols < min(plan.block_cols, m)
         self.dx_sum = _accumulator(self.dx, n, several_cols)
+        self.dx_r: Tensor | None = None
 
     def start_slab(self, s: slice) -> None:
         self.s = s
+        self.dw_sum: Tensor | None = None  # the last one's memory is free before the next one's is taken
         self.dw_sum = _accumulator(self.dw, s.stop - s.start, self.several_rows)
 
     def start_block(self, r: slice) -> None:
-        self.r, self.x_r = r, _take(self.p, self.x, r)
-        self.dx_r: Tensor | None = None
+        self.r = r
+        self.x_r, self.dx_r = self.x[:0], None  # as above
+        self.x_r = _take(self.p, self.x, r)
 
     def dots(self, c: slice, tile: Tensor, *, first: bool) -> None:
         gemm.dots(self.x_r, self.w[c], tile) if first else gemm.add(tile, self.x_r, self.w[c].mT, first=False)
@@ -227,13 +236,15 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0) -> 
     d, item = x.shape[1] + more_features, x.element_size()
     wide = max(item, 4)
     on_cpu = x.device.type == "cpu"
-    product = item if gemm.returns_product(x) else 0
+    fused = backend == "fused" and not more_features
+    product = item if gemm.returns_product(x) and not fused else 0
     sums = d * 4 if item < 4 else 0  # 16-bit gradients are summed in float32
     return Cost(
-        strip=STRIP if on_cpu else 0,
+        strip=STRIP if on_cpu and not fused else 0,
         features=d,
         least_rows=LEAST_ROWS.get(x.device.type, 1024),
-        tile=wide * (REFERENCE_COPIES if backend == "reference" else 1),
+        merged_cols=FUSED_COLUMNS if fused else 1,
+        tile=wide * (FUSED_FIELDS if fused else REFERENCE_COPIES if backend == "reference" else 1),
         dots=product * 3 // 2 if item == 4 and d > gemm.CHAIN else product,  # with the parts that oneDNN packs
         coef=product * (2 if x.dtype == torch.bfloat16 else 1),  # 16-bit ones are apart; oneDNN packs them
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
@@ -253,10 +264,13 @@ def resolve(backend: str, x: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     device = x.device.type
+    # those of bfloat16 are wrong in the interpreter
+    fused_dtypes = [torch.float16, torch.bfloat16] if device == "cuda" else [torch.float16] if INTERPRETED else []
     runs = {
         "reference": True,
         "native": device == "cpu" and x.dtype != torch.float64 and bool(native.AVAILABLE),
         "triton": (device == "cuda" or INTERPRETED) and x.dtype != torch.float64 and HAS_TRITON,
+        "fused": x.dtype in fused_dtypes and HAS_TRITON,
     }
     if backend == "auto":
         return next(
@@ -267,18 +281,19 @@ def resolve(backend: str, x: Tensor) -> str:
     return backend
 
 
-def tile_kernels(backend: str, x: Tensor) -> tuple[Any, Any]:
-    """The pair (tile_stats, tile_grad) of a backend that :func:`resolve` gave."""
+def tile_kernels(backend: str, x: Tensor) -> tuple[Any, Any, Any]:
+    """tile_stats, tile_grad and, where there is one, product_stats of a backend that :func:`resolve` gave."""
     if backend == "native":
-        return native.tile_stats, native.tile_grad
+        return native.tile_stats, native.tile_grad, None
     if backend == "reference":
         if x.dtype != torch.float64 and not (native.AVAILABLE if x.device.type == "cpu" else HAS_TRITON):
             _warn_slow()
-        return reference.tile_stats, reference.tile_grad
-    from cosup.kernels.tile_grad import tile_grad  # Triton: absent on some platforms
+        return reference.tile_stats, reference.tile_grad, None
+    from cosup.kernels.product_stats import product_stats  # Triton: absent on some platforms
+    from cosup.kernels.tile_grad import tile_grad
     from cosup.kernels.tile_stats import tile_stats
 
-    return tile_stats, tile_grad
+    return tile_stats, tile_grad, product_stats
 
 
 @functools.cache
@@ -295,11 +310,10 @@ def _slice(vector: Tensor | None, part: slice) -> Tensor | None:
     return None if vector is None else vector[part]
 
 
-def _strip(p: Problem, r: slice, c: slice, tile_buffer: Tensor, start: int):
-    """Columns c of the tile of rows r, and what the tile kernels must know of them."""
-    tile = tile_buffer[: r.stop - r.start, c.start - start : c.stop - start]
+def _features(p: Problem, r: slice, c: slice):
+    """What the tile kernels must know of rows r and columns c."""
     ids = _slice(p.row_id, r), _slice(p.col_id, c)
-    return c, tile, (p.col0 + c.start, p.target[r], p.scale, _slice(p.bias, c), *ids, p.softcap, _slice(p.soft, c))
+    return p.col0 + c.start, p.target[r], p.scale, _slice(p.bias, c), *ids, p.softcap, _slice(p.soft, c)
 
 
 def _take(p: Problem, x: Tensor, r: slice) -> Tensor:
@@ -322,7 +336,7 @@ def _target_logits(p: Problem, state: RowState, plan: Plan) -> None:
             product_RD = _take(p, x, r).to(p.scale.dtype) * w[target_r]
             # raised by what a GEMM may round otherwise: an equal logit must not count as above
             raised_r = product_RD.sum(1) + 4 * torch.finfo(p.scale.dtype).eps * product_RD.abs().sum(1)
-            dot_r += raised_r if x.is_cuda else raised_r.to(x.dtype)  # rounded as the tile's products are
+            dot_r += raised_r if x.is_cuda or plan.merged_cols > 1 else raised_r.to(x.dtype)  # rounded as products are
         u_r = dot_r * p.scale
         if p.bias is not None:
             u_r += p.bias[target_r]

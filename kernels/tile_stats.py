@@ -17,12 +17,9 @@ WARPS = 8
 
 
 @triton.jit
-def tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, column, target, softcap,
-                HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr):  # fmt: skip
-    """Logits of columns s of one row; -inf outside the tile and at masked columns. Also d(logit)/du of the softcap."""
-    u = tl.load(dot_ptr + s, s < S, other=0.0).to(tl.float32) * scale
-    if HAS_BIAS:
-        u += tl.load(bias_ptr + s, s < S, other=0.0).to(tl.float32)
+def to_logits(dot, scale, bias, softcap, HAS_CAP: tl.constexpr):
+    """Logits of inner products, and d(logit)/du of the softcap."""
+    u = dot * scale + bias
     chain = tl.full(u.shape, 1.0, tl.float32)
     if HAS_CAP:
         v = u / softcap
@@ -34,6 +31,16 @@ def tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, col
         t = tl.where(tl.abs(v) < 0.625, (p - 3.33332819422e-1) * v2 * v + v, tl.where(v < 0, -far, far))
         chain = 1.0 - t * t
         u = t * softcap
+    return u, chain
+
+
+@triton.jit
+def tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, column, target, softcap,
+                HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr):  # fmt: skip
+    """Logits of columns s of one row; -inf outside the tile and at masked columns. Also d(logit)/du of the softcap."""
+    dot = tl.load(dot_ptr + s, s < S, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + s, s < S, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+    u, chain = to_logits(dot, scale, bias, softcap, HAS_CAP)
     u = tl.where(s < S, u, float("-inf"))
     if HAS_ID:
         same = tl.load(col_id_ptr + s, s < S, other=0) == tl.load(row_id_ptr + row)

@@ -6,7 +6,7 @@ Without a GPU the Triton kernels run in the interpreter.
 import pytest
 import torch
 
-from cosup.kernels import native, reference
+from cosup.kernels import native, product_stats, reference
 from cosup.kernels.reference import RowState
 from cosup.kernels.tile_grad import tile_grad
 from cosup.kernels.tile_stats import tile_stats
@@ -142,3 +142,48 @@ def test_triton_narrows_in_place(dtype, device):
     narrow = dot.view(dtype)[:, :4200]
     tile_grad(dot, narrow, lse, one, one, 0, target, scale)
     torch.testing.assert_close(narrow.float(), want, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("blocks", [(16, 32, 16, 2, 4, 2), None], ids=["small tiles", "own tiles"])
+@pytest.mark.parametrize("layout", ["dense", "odd stride", "columns first"])
+@pytest.mark.parametrize("features", FEATURES)
+def test_merged_products_are_as_a_tile(features, layout, blocks, device, monkeypatch):
+    """Products merged as they are made, against the same as a tile: two slabs of several tiles, the last ragged."""
+    R, S, D = 55, 83, 40
+    if blocks is not None:
+        monkeypatch.setattr(product_stats, "tile_for", lambda *_: product_stats.Tile(*blocks))
+        monkeypatch.setattr(product_stats, "COLUMNS", blocks[1] // 2)
+    x, w = (torch.randn(n, D + 8, device=device).half()[:, 8:] for n in (R, 2 * S))
+    if layout == "odd stride":
+        x, w = (torch.randn(n, D + 1, device=device).half()[:, 1:] for n in (R, 2 * S))
+    elif layout == "columns first":
+        x, w = (t.mT.contiguous().mT for t in (x, w))
+    _, (col0, target, scale, bias, row_id, col_id, softcap, soft) = tile(R, 2 * S, features, device)
+    dot = x.float() @ w.float().mT
+    want, got = (RowState.empty(R, dot) for _ in range(2))
+    rank = features in ("plain", "all")
+    reference.tile_stats(dot, want, col0, target, scale, bias, row_id, col_id, softcap, soft)
+    if rank:  # filled beforehand, and a little too high: equal logits are not above
+        got.target.copy_(want.target + 1e-5 * want.target.abs())
+    for s in (slice(0, S), slice(S, 2 * S)):
+        b, c, v = (t if t is None else t[s] for t in (bias, col_id, soft))
+        room = torch.empty(R * 2 * -(-S // (2 * product_stats.COLUMNS)) * product_stats.FIELDS, device=device)
+        product_stats.product_stats(x, w[s], got, room, rank, col0 + s.start, target, scale, b, row_id, c, softcap, v)
+    here = (target >= col0) & (target < col0 + 2 * S)
+    for name, a, b in zip(RowState._fields, want, got, strict=True):
+        rows = here if name in ("target", "above") else slice(None)
+        if name != "above" or rank:
+            torch.testing.assert_close(b[rows], a[rows], rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_merged_products_of_masked_columns_and_nan(device):
+    """Masked columns leave the statistic as it was; a NaN stays in its row."""
+    x, w = (torch.ones(n, 16, dtype=torch.float16, device=device) for n in (3, 300))
+    x[1, 4] = float("nan")
+    target = torch.tensor([-1, 2, 3], device=device)
+    ids = torch.tensor([0, 1, 1], device=device), torch.zeros(300, dtype=torch.int64, device=device)
+    one, room = torch.ones((), device=device), torch.empty(3 * 4 * product_stats.FIELDS, device=device)
+    state = RowState.empty(3, one)
+    product_stats.product_stats(x, w, state, room, False, 0, target, one, None, *ids)
+    assert state.sum[0] == 0 and state.dot[0] == 0 and state.max[0] == float("-inf")
+    assert state.lse().isnan().tolist() == [False, True, False]

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs that are absent, and spill no register on any of them."""
+"""The Triton kernels compile for GPUs that are absent, spill no register on any, and multiply on their matrix units."""
 
 import os
 import subprocess
@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-TARGETS = ["cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950"]
+TARGETS = {  # the instructions that a fused product must have
+    "cuda:80": ["HMMA"],
+    "cuda:90": ["HGMMA", "UTMALDG"],
+    "cuda:100": ["UTCHMMA", "UTMALDG"],
+    "cuda:120": ["HMMA", "UTMALDG"],
+    "hip:gfx942": ["v_mfma"],
+    "hip:gfx950": ["v_mfma"],
+}
 PROGRAM = r"""
 import re, subprocess, sys, tempfile
 from pathlib import Path
@@ -15,40 +22,68 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cosup.kernels import tile_grad, tile_stats
+from cosup.kernels import product_stats, tile_grad, tile_stats
 
 kind, arch = sys.argv[1].split(":")
 target = GPUTarget("cuda", int(arch), 32) if kind == "cuda" else GPUTarget("hip", arch, 64)
-TYPES = {"stride_R": "i64", "out_stride_R": "i64", "above_ptr": "*i32", "target_ptr": "*i64", "row_id_ptr": "*i64",
-         "col_id_ptr": "*i64", "col0": "i32", "S": "i32", "softcap": "fp32"}
-CASES = [(tile_stats._stats_kernel, "*fp32"), (tile_grad._grad_kernel, "*fp32"), (tile_grad._grad_kernel, "*bf16"),
-         (tile_grad._grad_kernel, "*fp16")]
-for kernel, out in CASES:
+INTEGERS = {"above_ptr": "*i32", "target_ptr": "*i64", "row_id_ptr": "*i64", "col_id_ptr": "*i64", "softcap": "fp32",
+            **dict.fromkeys(["col0", "R", "S", "D", "tiles"], "i32")}
+
+
+def check(kernel, constants, types, num_warps, num_stages=3, instructions=()):
+    signature = {}
+    for name in kernel.arg_names:
+        stride = "i64" if name.startswith("stride") or name == "out_stride_R" else "*fp32"
+        signature[name] = "constexpr" if name in constants else types.get(name) or INTEGERS.get(name) or stride
+    aligned = [i for i, n in enumerate(kernel.arg_names) if n in ("x", "w", "dot_ptr", "stride_x", "stride_w", "D")
+               and not signature[n].startswith("tensordesc")]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+    if kind == "hip":
+        text = compiled.asm["amdgcn"]
+        # memory beside registers; scalar registers are parked in lanes of vector ones
+        spills = [int(n) for n in re.findall(r"(?:private_segment_fixed_size|vgpr_spill_count):\s*(\d+)", text)]
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(compiled.asm["cubin"])
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            usage, text = (subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+                           for option in ("--dump-resource-usage", "--dump-sass"))
+        spills = [int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)]
+    assert spills, "no resource usage was reported"
+    assert not any(spills), f"{kernel.__name__} {constants}: spills {spills}"
+    missing = [i for i in instructions if not re.search(rf"\b{i}", text)]
+    assert not missing, f"{kernel.__name__} {constants}: no {missing}"
+    print(kernel.__name__, constants, types, "no spills", *instructions)
+
+
+for kernel, out in [(tile_stats._stats_kernel, None), (tile_grad._grad_kernel, "*fp32"),
+                    (tile_grad._grad_kernel, "*bf16"), (tile_grad._grad_kernel, "*fp16")]:
     for on in (False, True):
         constants = {n: on for n in kernel.arg_names if n.startswith("HAS_")} | {"BLOCK_S": tile_stats.BLOCK_S}
-        signature = {n: "constexpr" if n in constants else out if n == "out_ptr" else TYPES.get(n, "*fp32")
-                     for n in kernel.arg_names}
-        source = ASTSource(kernel, signature, constants, {(0,): [["tt.divisibility", 16]]})
-        compiled = triton.compile(source, target=target, options={"num_warps": tile_stats.WARPS})
-        if kind == "hip":
-            spills = [int(n) for n in re.findall(r"[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])]
-        else:
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                Path(file.name).write_bytes(compiled.asm["cubin"])
-                tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-                command = [tool, "--dump-resource-usage", file.name]
-                usage = subprocess.run(command, capture_output=True, text=True, check=True)
-            spills = [int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage.stdout)]
-        assert spills, "no resource usage was reported"
-        assert not any(spills), f"{kernel.__name__} {out} features={on}: spills {spills}"
-        print(kernel.__name__, out, on, "no spills")
+        check(kernel, constants, {"out_ptr": out}, tile_stats.WARPS)
+by_descriptor = product_stats.has_descriptors(target)
+cases = [("bf16", False, by_descriptor), ("bf16", True, by_descriptor), ("fp16", False, by_descriptor)]
+for item, on, descriptors in cases + ([("bf16", True, False)] if by_descriptor else []):
+    kernel, tile = product_stats._product_stats_kernel, product_stats.tile_for(target, on)
+    blocks = tile._asdict() | {"COLS": product_stats.COLUMNS}
+    options = {n: blocks.pop(n) for n in ("num_warps", "num_stages")}
+    flags = {n: on for n in kernel.arg_names if n.startswith("HAS_")}
+    rows = {"x": tile.BLOCK_R, "w": tile.BLOCK_S}
+    operands = {n: f"tensordesc<{item}[{rows[n]},{tile.BLOCK_D}]>" if descriptors else f"*{item}" for n in rows}
+    check(kernel, {**flags, **blocks, "TMA": descriptors, "step_x": 1, "step_w": 1}, operands, **options,
+          instructions=[i for i in sys.argv[2:] if descriptors or i != "UTMALDG"])
+blocks = {"BLOCK_R": product_stats.MERGED_ROWS, "BLOCK_T": product_stats.MERGED_TILES}
+for on in (False, True):
+    check(product_stats._merge_kernel, {"HAS_RANK": on, "HAS_SOFT": on, **blocks}, {}, num_warps=4)
 """
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", PROGRAM, target], env=environment, capture_output=True, text=True,
-                         cwd=tmp_path)  # fmt: skip
+    run = subprocess.run([sys.executable, "-c", PROGRAM, target, *TARGETS[target]], env=environment,
+                         capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("no spills") == 8
+    assert run.stdout.count("no spills") == (14 if "UTMALDG" in TARGETS[target] else 13)
+    assert run.stdout.count(TARGETS[target][0]) >= 3

@@ -19,7 +19,7 @@ from cosup.bench import hidden_states, peers, report
 from cosup.bench.gemms import engine_gemms, torch_mm
 from cosup.bench.measure import Problem, measure
 from cosup.plan import Plan, plan
-from cosup.walk import DEFAULT_WORKSPACE, cost, resolve
+from cosup.walk import cost, default_workspace, resolve
 
 IGNORED = -100
 SHAPES = {  # N, D, V
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default=DTYPE[device])
     parser.add_argument("--ignored", type=float, default=0.0, metavar="SHARE",
                         help="share of labels that are ignored; times are then also relative to none")  # fmt: skip
-    parser.add_argument("--workspace-mib", type=int, default=DEFAULT_WORKSPACE[device] >> 20)
+    parser.add_argument("--workspace-mib", type=int, default=default_workspace(torch.device(device)) >> 20)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(arguments)
     if not 0 <= args.ignored < 1:

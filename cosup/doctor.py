@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cosup import gemm
 from cosup.kernels import native
+from cosup.walk import default_workspace
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "faiss-cpu", "bm25s", "numpy")
 
@@ -30,6 +31,7 @@ def examine() -> list[Finding]:
         _native(),
         _gpu(),
         _triton(),
+        _workspace(),
         _optional("flash-attn", "attention falls back to SDPA", "pip install flash-attn"),
     ]
     found.append(_optional("gguf", "`cosup data smollm2` needs it", "pip install '.[gguf]' (in the clone)"))
@@ -82,6 +84,11 @@ def _triton() -> Finding:
     if _version("triton") is None:
         return Finding("GPU kernels", "PyTorch path: Triton is missing", "pip install triton (Linux)")
     return Finding("GPU kernels", "Triton" if torch.cuda.is_available() else "Triton, idle without a GPU")
+
+
+def _workspace() -> Finding:
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return Finding("workspace", f"{default_workspace(device) >> 20} MiB on {device}, if no workspace_bytes= is given")
 
 
 def _version(name: str) -> str | None:

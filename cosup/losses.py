@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosup import ops
-from cosup.walk import DEFAULT_WORKSPACE, RowWeights, resolve
+from cosup.walk import RowWeights, resolve
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,8 +89,12 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         batch_invariant: A row's loss, statistics and, with ``reduction`` "sum" or "none", gradient of ``input`` have
             the same bits whatever rows stand beside it. Slower: all products have 64 rows (256 on CUDA), ignored ones
             too; what grows with the number of rows is beside the workspace.
-        workspace_bytes: Budget beside inputs, outputs and gradients; None: 256 MiB on a CPU, 1 GiB on CUDA.
-        backend: "auto", "native" (C++, CPU), "triton" (CUDA) or "reference" (PyTorch).
+        workspace_bytes: Budget beside inputs, outputs and gradients; None: a sixteenth of the memory
+            that is free when a process first asks, down to a power of 2, at most 256 MiB on a CPU and 1 GiB on CUDA
+            (`cosup doctor` says how much that is now). With ``process_group`` the least of all ranks.
+        backend: "auto", "native" (C++, CPU), "triton" (CUDA), "reference" (PyTorch), or "fused" (Triton, CUDA, 16-bit
+            operands): "triton", but where no gradient is asked the products are merged as they are made, and no tile
+            of logits is in memory either.
 
     Returns:
         The loss in float32 (float64 for float64 input): a scalar, or [...] with ``reduction="none"``.
@@ -347,8 +351,8 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     """All losses: weigh the rows, run the operator that knows their weights or the one that waits for them, reduce."""
     if not torch.compiler.is_compiling() and (_functorch_level() is not None or _forward_ad_level() >= 0):
         raise RuntimeError("cosup's losses have reverse-mode gradients only: no torch.func transform, no forward mode")
-    workspace = DEFAULT_WORKSPACE.get(x.device.type, 1 << 30) if workspace_bytes is None else workspace_bytes
-    if isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 0:
+    given = 0 if workspace_bytes is None else workspace_bytes
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
         raise ValueError(f"workspace_bytes must be an integer of at least 0, got {workspace_bytes!r}")
     backend, group = resolve(backend, x), None if process_group is None else process_group.group_name
     grad = torch.is_grad_enabled()
@@ -373,12 +377,12 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     if known and any(need[:-1]):
         loss, nll, lse, entropy, _, _, _, above, *_ = ops.loss_and_grads(
             x, w, target, weights.b, weights.c, weights.e, weights.q, scale, bias, row_id, col_id, soft, x2, w2,
-            softcap, ignore_index, rank, need, workspace, backend, group, batch_invariant,
+            softcap, ignore_index, rank, need, workspace_bytes, backend, group, batch_invariant,
         )  # fmt: skip
     else:
         nll, lse, entropy, soft_logit, _, _, above = ops.nll_stats(
-            x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, rank, need, workspace,
-            backend, group, batch_invariant,
+            x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, rank, need,
+            workspace_bytes, backend, group, batch_invariant,
         )  # fmt: skip
         loss = ops.row_losses(weights, nll, lse, soft_logit)
         loss = loss[:n] if reduction == "none" else loss.sum()

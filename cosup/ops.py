@@ -14,24 +14,26 @@ from torch import Tensor
 from cosup.distributed import shard, sum_over_ranks
 from cosup.kernels.reference import RowState
 from cosup.plan import Strategy, plan
-from cosup.walk import Need, Problem, RowWeights, cost, walk
+from cosup.walk import Need, Problem, RowWeights, cost, default_workspace, walk
 
 STATS = 7  # what the operators give of each row: see nll_stats
 INVARIANT_ROWS = {"cpu": 64, "cuda": 256}  # every product has so many rows where no row may depend on another
 GRADS = len(Need._fields)  # ``need`` of an operator says which of these are asked, and then whether the scale's is
 
 
-def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group,
-             invariant) -> Problem:  # fmt: skip
+def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, workspace_bytes,
+             group, invariant) -> Problem:  # fmt: skip
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync) and
     where a row must stay in its place."""
-    part = None if group is None else shard(group, len(w), x.device)
+    budget = default_workspace(x.device) if workspace_bytes is None else workspace_bytes
+    part = None if group is None else shard(group, len(w), x.device, budget)
     # else each GEMM would copy its part
     x, w, x2, w2 = (t if t is None or 1 in t.stride() else t.contiguous() for t in (x, w, x2, w2))
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     vectors = (target, bias, row_id, col_id, soft)
     target, bias, row_id, col_id, soft = (t if t is None else t.contiguous() for t in vectors)
-    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, x2, w2, shard=part)
+    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, x2, w2, shard=part,
+                workspace_bytes=budget if part is None else part.workspace_bytes)  # fmt: skip
     m = p.columns
     bad = valid & ((target < 0) | (target >= m))
     if x.device.type == "cpu":
@@ -48,12 +50,12 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, i
     return p._replace(target=target.masked_fill(~valid, -1), skip=~valid)
 
 
-def _plan(p: Problem, backend: str, workspace_bytes: int, invariant: bool, grads: bool, weights_known: bool):
+def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool):
     picked = p.rows is not None or p.skip is not None
     c = cost(p.x, backend, gathered=picked, more_features=0 if p.x2 is None else p.x2.shape[1])
     m = len(p.w) if p.shard is None else p.shard.widest  # alike on all ranks, and so are the blocks of rows
     n = INVARIANT_ROWS[p.x.device.type] if invariant else len(p.target)
-    return plan(n, m, c, grads=grads, weights_known=weights_known, workspace_bytes=workspace_bytes)
+    return plan(n, m, c, grads=grads, weights_known=weights_known, workspace_bytes=p.workspace_bytes)
 
 
 def _per_row(p: Problem, state: RowState) -> tuple[Tensor, ...]:
@@ -79,17 +81,18 @@ def _picked(p: Problem, weights: RowWeights) -> RowWeights:
 @torch.library.custom_op("cosup::nll_stats", mutates_args=())
 def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
               col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
-              ignore_index: int | None, rank: bool, need: list[bool], workspace_bytes: int, backend: str,
+              ignore_index: int | None, rank: bool, need: list[bool], workspace_bytes: int | None, backend: str,
               group: str | None, invariant: bool,
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """nll, lse, entropy, sum_m soft[m] z[m]; maximum, sum of exp(z - maximum), columns above the target: each [N].
 
     The first four have derivatives. ``need``: which a backward pass will make: of x, w, bias, x2, w2, scale.
     """
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group, invariant)
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, workspace_bytes,
+                 group, invariant)  # fmt: skip
     if any(need[:GRADS]):  # a budget that will not do for the backward pass is refused now
-        _plan(p, backend, workspace_bytes, invariant, grads=True, weights_known=False)
-    blocks = _plan(p, backend, workspace_bytes, invariant, grads=False, weights_known=False)
+        _plan(p, backend, invariant, grads=True, weights_known=False)
+    blocks = _plan(p, backend, invariant, grads=False, weights_known=False)
     state, *_ = walk(p, blocks, backend, rank=rank)
     return _per_row(p, state)  # type: ignore[return-value]
 
@@ -109,12 +112,13 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
                        entropy: Tensor, top: Tensor, total: Tensor, x: Tensor, w: Tensor, target: Tensor,
                        scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
                        soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
-                       ignore_index: int | None, need: list[bool], workspace_bytes: int, backend: str,
+                       ignore_index: int | None, need: list[bool], workspace_bytes: int | None, backend: str,
                        group: str | None, invariant: bool,
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dw, dbias, dx2, dw2 for upstream gradients of what ``nll_stats`` gives; empty where not needed."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group, invariant)
-    blocks = _plan(p, backend, workspace_bytes, invariant, grads=True, weights_known=False)
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, workspace_bytes,
+                 group, invariant)  # fmt: skip
+    blocks = _plan(p, backend, invariant, grads=True, weights_known=False)
     soft_weight = None if grad_soft is None else -grad_soft
     weights = _picked(p, RowWeights(grad_nll, grad_lse, soft_weight, None, grad_entropy))
     rows = slice(None) if p.rows is None else p.rows
@@ -190,15 +194,17 @@ nll_stats.register_autograd(_stats_backward, setup_context=_stats_context)
 def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | None, e: Tensor | None,
                    q: Tensor | None, scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
                    soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float, ignore_index: int | None,
-                   rank: bool, need: list[bool], workspace_bytes: int, backend: str, group: str | None, invariant: bool,
+                   rank: bool, need: list[bool], workspace_bytes: int | None, backend: str, group: str | None,
+                   invariant: bool,
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                               Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum of :func:`row_losses`, what ``nll_stats`` gives, the sum's gradients as ``nll_stats_backward`` does."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, group, invariant)
-    blocks = _plan(p, backend, workspace_bytes, invariant, grads=True, weights_known=True)
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, workspace_bytes,
+                 group, invariant)  # fmt: skip
+    blocks = _plan(p, backend, invariant, grads=True, weights_known=True)
     weights, known = RowWeights(b, c, e, q), None
     if blocks.strategy is Strategy.RECOMPUTE:
-        first = _plan(p, backend, workspace_bytes, invariant, grads=False, weights_known=True)
+        first = _plan(p, backend, invariant, grads=False, weights_known=True)
         known, *_ = walk(p, first, backend, rank=rank)
     state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), known=known, rank=rank,
                          need=Need(*need[:GRADS]))  # fmt: skip

@@ -15,8 +15,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +32,8 @@ from cosup.plan import Cost, Plan, padded
 
 _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
 BACKENDS = ("auto", "reference", "native", "triton", "fused")
-DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes
+FREE_SHARE = 16  # of the free memory a workspace takes one part, where none is given
+LEAST_WORKSPACE, MOST_WORKSPACE = 16 << 20, {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes, where none is given
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # 4 times the FLOP that a processor does while it moves a byte, about 16 and 250: for each column a block of R rows has
@@ -56,6 +59,7 @@ class Problem(NamedTuple):
     rows: Tensor | None = None  # [n <= N] int64, the rows to visit; None: all of them
     skip: Tensor | None = None  # [N] bool, rows visited whose contents must not matter; None: none
     shard: Shard | None = None  # which part of a table over several ranks w is; None: all of it
+    workspace_bytes: int = 0  # budget beside all this, outputs and gradients
 
     @property
     def col0(self) -> int:
@@ -253,6 +257,25 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0) -> 
         table_row=sums,
         query_row=sums,
     )
+
+
+@functools.cache
+def default_workspace(device: torch.device) -> int:
+    """Bytes where no budget is given: a sixteenth of the free memory, down to a power of 2, at most 256 MiB on a CPU
+    and 1 GiB on CUDA, at least 16 MiB. Looked up once, so that all calls of a process take the same blocks."""
+    most = MOST_WORKSPACE.get(device.type, LEAST_WORKSPACE)
+    share = _free_bytes(device) // FREE_SHARE
+    return min(most, max(LEAST_WORKSPACE, 1 << (share.bit_length() - 1 if share else 0)))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, but free
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        return 1024 * int(re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[0])
+    except (OSError, IndexError):  # no Linux
+        return FREE_SHARE * MOST_WORKSPACE["cpu"]
 
 
 def resolve(backend: str, x: Tensor) -> str:

@@ -48,7 +48,7 @@ def vocabulary_parallel_equals_one_process(rank, world):
         {"weight": weight, "label_smoothing": 0.1},
     ]
     plan.SLAB_HEIGHT, walk.LEAST_ROWS["cpu"] = 1, 8
-    budgets = [None, 60_000, 20_000]  # all rows at once; blocks of them; slabs of columns
+    budgets = [None, 60_000, 20_000]  # all rows at once; blocks of them; slabs of columns: the least of all ranks
     for options, reduction, budget in itertools.product(features, ["mean", "sum", "none"], budgets):
         results = []
         for rows, group in ((slice(None), None), (part, dist.group.WORLD)):
@@ -56,7 +56,7 @@ def vocabulary_parallel_equals_one_process(rank, world):
             split = {k: v[rows] if k == "weight" else v for k, v in options.items()}
             loss, stats = linear_cross_entropy(tensors[0], tensors[1], target, linear_bias=tensors[2], **split,
                                                reduction=reduction, return_stats=True, process_group=group,
-                                               workspace_bytes=budget)  # fmt: skip
+                                               workspace_bytes=budget and budget << rank)  # fmt: skip
             up = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
             dx, dw, db = torch.autograd.grad(loss, tensors, up)
             results.append((loss, *stats, dx, *((dw[part], db[part]) if group is None else (dw, db))))

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "model": {"tokens", "data", "generate", "pretrained"},
     "train": {"losses", "tokens", "data", "model"},
     "evaluate": {"losses", "tokens", "data", "index", "generate", "model"},
-    "doctor": {"kernels", "gemm"},
+    "doctor": {"kernels", "gemm", "walk"},
     "demo": {"data", "index", "model", "train", "evaluate", "tokens", "generate"},
     "cli": {"data", "index", "model", "train", "evaluate", "tokens", "generate", "demo", "doctor", "bench"},
 }

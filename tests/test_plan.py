@@ -1,9 +1,11 @@
 """The plan keeps its budget, prefers whole rows, and says what it needs when nothing fits."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cosup import walk
 from cosup.plan import Cost, Strategy, plan, used
 
 WIDE = Cost(strip=0, features=768, least_rows=64, merged_cols=1, tile=4, dots=0, coef=0, product=0, row=60,
@@ -53,3 +55,16 @@ def test_strategies():
 def test_blocks_are_even():
     p = plan(2048, 50257, WIDE, grads=True, weights_known=True, workspace_bytes=256 << 20)
     assert p.block_rows == 1024  # 1,335 rows would fit; two blocks of 1,024 do the same in equal parts
+
+
+@pytest.mark.parametrize("free, budget", [(0, 16), (1 << 30, 64), (3 << 30, 128), (1 << 40, 256)])
+def test_default_workspace(free, budget, monkeypatch):
+    """A sixteenth of the free memory, in MiB; within bounds, and the same for all of a process."""
+    walk.default_workspace.cache_clear()
+    monkeypatch.setattr(walk, "_free_bytes", lambda device: free)
+    assert walk.default_workspace(torch.device("cpu")) == budget << 20
+    monkeypatch.setattr(walk, "_free_bytes", lambda device: free // 4)
+    assert walk.default_workspace(torch.device("cpu")) == budget << 20
+    walk.default_workspace.cache_clear()
+    monkeypatch.undo()
+    assert walk._free_bytes(torch.device("cpu")) > 1 << 20

@@ -29,6 +29,7 @@ class Bug(NamedTuple):
 LOSSES, OPS, TILES = "tests/test_losses.py", "tests/test_ops.py", "tests/test_tiles.py"
 DISTRIBUTED = "tests/test_distributed.py"
 NATIVE, STATS, GRAD = "kernels/cpu/tile_kernels.cpp", "kernels/tile_stats.py", "kernels/tile_grad.py"
+FUSED = "kernels/product_stats.py"
 BUGS = [
     Bug("loss: log-sum-exp rounds first", "kernels/reference.py", "self.sum.log() + (self.max - self.target)",
         "(self.sum.log() + self.max).bfloat16().to(self.max.dtype) - self.target", LOSSES + " -k cross_entropy_error"),
@@ -121,6 +122,22 @@ BUGS = [
         "tests/test_bench.py"),
     Bug("layout: an import against the flow", "cosup/plan.py", "from enum import Enum\n",
         "from enum import Enum\n\nimport cosup.losses\n", "tests/test_layout.py"),
+    Bug("fused: the right half's statistic over the left one's", FUSED, "_leave(right, i, 2 * j + 1,", "_leave(right, i, 2 * j,",
+        TILES + " -k merged"),
+    Bug("fused: last group taken for a whole one", FUSED, "tl.minimum(row_tiles - top, GROUP)", "GROUP", TILES + " -k merged"),
+    Bug("fused: entropy not shifted when merged", FUSED, "(dot + total * lag) * decay", "dot * decay", TILES + " -k merged"),
+    Bug("fused: the target above itself", FUSED, " - (here & (own_r > threshold)).to(tl.float32)", "", TILES + " -k merged"),
+    Bug("fused: tiles that spill", FUSED, "target.arch >= 100 or not features", "True", "tests/test_triton_compile.py -k cuda:90"),
+    Bug("fused: products off the matrix units", FUSED, "dot = tl.dot(x_RD, w_SD.T, dot)",
+        "dot = tl.dot(x_RD.to(tl.float32), w_SD.T.to(tl.float32), dot, input_precision='ieee')",
+        "tests/test_triton_compile.py -k cuda:90"),
+    Bug("fused: rank against a rounded logit", "cosup/walk.py", "x.is_cuda or plan.merged_cols > 1", "x.is_cuda",
+        LOSSES + " -k fused_statistics"),
+    Bug("memory: two sums of dW at once", "cosup/walk.py", "        self.dw_sum: Tensor | None = None  #", "        #",
+        OPS + " -k peak_memory"),
+    Bug("ranks: each plans by its own budget", "cosup/distributed.py", "min(budgets))", "budgets[group.rank()])", DISTRIBUTED),
+    Bug("CUDA: the host waits for the divisor", "cosup/losses.py", "divisor = torch.where(divisor == 0, 1.0, divisor)",
+        "divisor = divisor if divisor else 1.0", OPS + " -k host_reads"),
     Bug("cache: passage taken in twice", "cosup/generate.py", "position_ids=cached + new", "position_ids=cached + new.clamp(max=1)",
         "tests/test_generate.py"),
     Bug("resume: random state not restored", "cosup/train.py", "        super()._load_optimizer_and_scheduler(checkpoint)\n",

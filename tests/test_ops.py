@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cosup import info_nce, linear_cross_entropy, linear_log_prob, ops
 from cosup.bench.measure import peak_bytes
@@ -124,3 +126,47 @@ def test_fake_outputs_are_as_real(device):
             mode.from_tensor(x), mode.from_tensor(w), mode.from_tensor(target), reduction="none"
         )
     assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+
+
+class OnlyOn(TorchDispatchMode):
+    """No tensor of another device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        assert {t.device.type for t in tensors} <= {self.device}, f"{function} of another device"
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("budget", [1 << 24, 1 << 19], ids=["whole rows", "slabs"])
+def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
+    """As whole graphs and CUDA graphs need it: no value is asked, nothing copied from or to the host. Shown on the meta
+    device, whose tensors have no values to ask for, by the operators' own code in place of their fake kernels."""
+    for name in ("nll_stats", "loss_and_grads", "nll_stats_backward", "column_values"):
+        monkeypatch.setattr(ops, name, torch.no_grad()(getattr(ops, name)._init_fn))
+    monkeypatch.setattr("cosup.losses._autocast", lambda *tensors: tensors)  # not known of that device
+    monkeypatch.setitem(ops.INVARIANT_ROWS, "meta", 256)
+    sizes = ((300, 16), (1000, 16), (1000,))
+    x, w, b = (torch.randn(*s, dtype=dtype, device="meta", requires_grad=True) for s in sizes)
+    target, ids = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (300, 1000))
+    row, column = torch.rand(300, device="meta"), torch.rand(1000, device="meta")
+    common = dict(workspace_bytes=budget, backend="reference")
+    with OnlyOn("meta"):
+        for reduction in ("mean", "none"):
+            linear_cross_entropy(x, w, target, linear_bias=b, weight=column, label_smoothing=0.1, z_loss=0.1,
+                                 token_weight=row, logit_scale=0.7, logit_softcap=3.0, reduction=reduction,
+                                 return_stats=True, **common)  # fmt: skip
+            linear_cross_entropy(x, w, target, lora=(x[:4], w[:, :4], 0.5), batch_invariant=True, reduction=reduction,
+                                 **common)  # fmt: skip
+            info_nce(x, w, target, candidate_ids=ids, temperature=row[0], reduction=reduction, **common)
+        linear_log_prob(x, w, target, linear_bias=b, temperature=0.7, **common)
+        scale = torch.ones((), device="meta")
+        grads = ops.nll_stats_backward(row, row, row, row, row, row, row, x, w, target, scale, column, None, None,
+                                       column, None, None, 0.0, -100, [True] * 3 + [False] * 3, budget, "reference",
+                                       None, False)  # fmt: skip
+    assert [g.shape for g in grads[:3]] == [x.shape, w.shape, b.shape]

@@ -1,5 +1,7 @@
 """The losses against float64: our error is at most twice what plain PyTorch makes in the same dtype."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -395,13 +397,14 @@ def test_any_shape_stride_and_subset_of_gradients(n, d, m, reduction, layout, su
                                                   weighted, seed):  # fmt: skip
     """float64, so that a wrong index shows and rounding does not."""
     torch.manual_seed(seed)
+    randn = functools.partial(torch.randn, dtype=torch.float64)
     make = [
-        lambda *s: torch.randn(*s),
-        lambda *s: torch.randn(*s[::-1]).mT,
-        lambda *s: torch.randn(s[0], 2 * s[1])[:, ::2],
-        lambda *s: torch.randn(s[0], 1).expand(*s),
+        lambda *s: randn(*s),
+        lambda *s: randn(*s[::-1]).mT,
+        lambda *s: randn(s[0], 2 * s[1])[:, ::2],
+        lambda *s: randn(s[0], 1).expand(*s),
     ][layout]
-    tensors = [make(n, d).double(), make(m, d).double(), torch.randn(m).double()]
+    tensors = [make(n, d), make(m, d), randn(m)]
     for i, t in enumerate(tensors):
         tensors[i] = t.detach().requires_grad_(bool(subset >> i & 1))
     x, w, b = tensors

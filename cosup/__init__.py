@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from cosup import nn
+from cosup.gradcache import cached_encode
 from cosup.losses import RowStats, co_supervision_loss, info_nce, linear_cross_entropy, linear_log_prob
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ __all__ = [
     "GenCtxModel",
     "RowStats",
     "SequenceIndex",
+    "cached_encode",
     "co_supervision_loss",
     "info_nce",
     "linear_cross_entropy",

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "ops": {"kernels", "plan", "distributed", "walk"},
     "losses": {"walk", "ops"},
     "nn": {"losses"},
+    "gradcache": set(),
     "tokens": set(),
     "data": {"data", "tokens"},
     "index": {"data"},

@@ -8,7 +8,7 @@ co_supervision_loss    L = L_NTP + nsp_weight * L_NSP      (arXiv 2403.09024)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,8 +106,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
     Source: gradients in forward, Liger-Kernel, arXiv:2410.10989; statistics by online softmax, arXiv:1805.02867; label
     smoothing, arXiv:1512.00567; z-loss, arXiv:2204.02311.
     """  # fmt: skip
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    _check_smoothing(label_smoothing)
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
     if ignore_index is None:
@@ -169,25 +168,43 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
     return RowStats(*(f.reshape(input.shape[:-1]) for f in stats))
 
 
-def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *, temperature: float | Tensor = 0.05,
-             normalize: bool = True, query_ids: Tensor | None = None, candidate_ids: Tensor | None = None,
-             reduction: str = "mean", return_stats: bool = False, workspace_bytes: int | None = None,
+def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *, hard_negatives: Tensor | None = None,
+             temperature: float | Tensor = 0.05, normalize: bool = True, symmetric: bool = False,
+             query_ids: Tensor | None = None, candidate_ids: Tensor | None = None,
+             candidate_bias: Tensor | None = None, sample_weight: Tensor | None = None, margin: float = 0.0,
+             false_negative_margin: float | None = None, label_smoothing: float = 0.0, reduction: str = "mean",
+             return_stats: bool = False, workspace_bytes: int | None = None,
              backend: str = "auto") -> Tensor | tuple[Tensor, RowStats]:  # fmt: skip
     """Contrastive loss of queries against a pool of candidates; the similarity matrix is never stored whole.
 
-        z[n, m] = <q[n], c[m]> / temperature,   loss[n] = logsumexp_m z[n, m] - z[n, target[n]]
+        z[n, m] = (<q[n], c[m]> - margin [m == target[n]]) / temperature + candidate_bias[m]
+        loss[n] = logsumexp_m z[n, m] - z[n, target[n]]
+        loss[n] = (that + logsumexp_n' z[n', target[n]] - z[n, target[n]]) / 2         symmetric
 
-    Same value and gradients as ``F.cross_entropy(q @ c.T / temperature, target)`` with q, c normalised if asked. A
-    candidate with the id of a row's positive is no negative of that row: it is left out of the row's softmax.
+    Same value and gradients as ``F.cross_entropy(q @ c.T / temperature, target)`` with q, c normalised if asked, and
+    symmetric as the mean of that and ``F.cross_entropy((q @ c.T / temperature).T[target], arange)``. A candidate with
+    the id of a row's positive is no negative of that row, in either direction: the pair is left out of both softmaxes.
 
     Args:
         query: [N, D]; float32, bfloat16, float16 or float64. Under autocast both operands take autocast's dtype.
         candidates: [M, D], dtype and device of ``query``. M may be above N: further rows are further negatives.
         target: [N] int64, the row of each query's positive; None: row n for query n (M >= N).
+        hard_negatives: [N, H, D], further negatives of each query alone. Their statistics join the row's after the
+            sweep, so a mean or sum takes a second one: 4U. Those that all queries may see belong in ``candidates``.
         temperature: Positive divisor; a scalar tensor gets its gradient.
         normalize: Divide rows by their Euclidean norm (at least 1e-12) first; the copies are beside the workspace.
+        symmetric: Each positive must also be told its query among all queries; no two queries may have one positive.
+            Both directions come from one product: 3U where all logits fit the budget, else 4U.
         query_ids: [N] int64, the id of each query's positive; None: ``candidate_ids[target]``.
         candidate_ids: [M] int64, equal for equal passages; None: no two are equal.
+        candidate_bias: [M] floating point, added to the logits, with a gradient: -log of the sampling probability
+            corrects for popular candidates (logQ).
+        sample_weight: [N] floating point, a weight of each query's loss; "mean" divides by their sum.
+        margin: Taken from the positive's similarity in the loss (CosFace); the rank does not see it.
+        false_negative_margin: Candidates whose similarity is above the positive's by more than this are taken for
+            positives without a label, and left out; None: none.
+        label_smoothing: This share of each query's target is spread over the candidates evenly, those left out
+            excepted; in the direction of the queries only.
         reduction: "mean", "sum" or "none" ([N], with any upstream gradient).
         return_stats: Also return :class:`RowStats` (rank and top-1 among the candidates), from the same pass.
         workspace_bytes, backend: As in :func:`linear_cross_entropy`.
@@ -199,7 +216,8 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         ValueError: A wrong shape, dtype, device or option, named with what was wanted and what came.
         IndexError: A target out of range (on CUDA a device-side assertion).
 
-    Source: van den Oord et al. 2018, arXiv:1807.03748, eq. 4.
+    Sources: van den Oord et al. 2018, arXiv:1807.03748, eq. 4; symmetric, Radford et al. 2021, arXiv:2103.00020;
+    margin, Wang et al. 2018, arXiv:1801.09414; logQ, Yi et al. 2019, doi:10.1145/3298689.3346996.
     """  # fmt: skip
     query, candidates, _ = _autocast(query, candidates, None)
     if query.ndim != 2:
@@ -220,16 +238,68 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         if query_ids is None:  # out-of-range targets are the engine's to refuse
             query_ids = candidate_ids[target.clamp(0, m - 1)] if m else target
         _check_vector("query_ids", query_ids, (n,), query.device, torch.int64)
+    if candidate_bias is not None:
+        _check_vector("candidate_bias", candidate_bias, (m,), query.device, None)
+    if sample_weight is not None:
+        _check_vector("sample_weight", sample_weight, (n,), query.device, None)
+    for name, value in {"margin": margin, "false_negative_margin": false_negative_margin or 0.0}.items():
+        if not isinstance(value, float | int) or not abs(value) < float("inf"):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+    _check_smoothing(label_smoothing)
+    if label_smoothing and false_negative_margin is not None:
+        raise ValueError("want label_smoothing or false_negative_margin, got both")
     _check_reduction(reduction)
+    if symmetric:
+        _check_distinct(target, m)
+    hard = hard_negatives
+    if hard is not None:
+        hard, *_ = _autocast(hard, candidates, None)
+        if hard.ndim != 3 or (hard.shape[0], hard.shape[2]) != query.shape or hard.dtype != query.dtype:
+            want = f"[{n}, H, {query.shape[1]}] of {query.dtype}"
+            raise ValueError(f"hard_negatives must be {want}, got {[*hard.shape]} of {hard.dtype}")
     dtype = torch.promote_types(query.dtype, torch.float32)
     scale = 1 / _temperature(temperature, query.device).to(dtype)
     if normalize:
-        query, candidates = (F.normalize(t.to(dtype), dim=1).to(t.dtype) for t in (query, candidates))
+        query, candidates = _unit(query), _unit(candidates)
+        hard = None if hard is None else _unit(hard)
+    kept = None
+    if label_smoothing and query_ids is not None and candidate_ids is not None:
+        ordered = candidate_ids.sort().values
+        same = torch.searchsorted(ordered, query_ids, right=True) - torch.searchsorted(ordered, query_ids)
+        kept = m - same + (candidate_ids[target.clamp(0, m - 1)] == query_ids)
     loss, stats = _softmax_nll(
-        query, candidates, target, scale, row_id=query_ids, col_id=candidate_ids, reduction=reduction,
-        rank=return_stats, workspace_bytes=workspace_bytes, backend=backend,
+        query, candidates, target, scale, bias=None if candidate_bias is None else candidate_bias.to(dtype),
+        row_id=query_ids, col_id=candidate_ids, margin=margin, gap=false_negative_margin, symmetric=symmetric,
+        weight=sample_weight, label_smoothing=label_smoothing, kept=kept, rank=return_stats,
+        reduction=reduction if hard is None else "none", workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
+    if hard is not None:
+        z_NH = scale * torch.bmm(hard, query[:, :, None]).squeeze(2).to(dtype)
+        more, stats = _with_further_negatives(stats, z_NH, margin * scale)
+        weight = torch.ones_like(more) if sample_weight is None else sample_weight.to(dtype)
+        loss = loss + (weight / 2 if symmetric else weight) * more
+        if reduction != "none":
+            divisor = weight.sum() if reduction == "mean" else 1.0
+            loss = loss.sum() / divisor if n else loss.sum()
     return (loss, RowStats(*(f.detach() for f in stats))) if return_stats else loss
+
+
+def _unit(t: Tensor) -> Tensor:
+    return F.normalize(t.to(torch.promote_types(t.dtype, torch.float32)), dim=-1).to(t.dtype)
+
+
+def _with_further_negatives(stats: RowStats, z_NH: Tensor, margin: Tensor) -> tuple[Tensor, RowStats]:
+    """What further logits of each row add to its loss, and the statistics with them."""
+    lse_H = z_NH.logsumexp(1)
+    more = F.softplus(lse_H - stats.lse)
+    lse = stats.lse + more
+    mean = torch.exp(-more) * (stats.lse - stats.entropy)  # of the logits, by their probabilities
+    mean = mean + torch.where(z_NH == float("-inf"), 0.0, torch.exp(z_NH - lse[:, None]) * z_NH).sum(1)
+    target = stats.lse - stats.nll + margin
+    slack = 4 * torch.finfo(lse.dtype).eps * (stats.lse.abs() + stats.nll)  # a tie is not above
+    place = stats.rank + (z_NH > (target + slack)[:, None]).sum(1)
+    nll = stats.nll + more
+    return more, RowStats(nll, lse, -nll, lse - mean, place, place == 1)
 
 
 def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, query: Tensor, candidates: Tensor,
@@ -344,9 +414,11 @@ def _head(input, linear_weight, target, linear_bias, lora, logit_scale, logit_so
 def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Tensor | None = None,
                  lora: tuple[Tensor, Tensor] | None = None,
                  row_id: Tensor | None = None, col_id: Tensor | None = None, softcap: float = 0.0,
-                 ignore_index: int | None = None, reduction: str, weight: Tensor | None = None,
-                 class_weight: Tensor | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0, rank: bool,
-                 process_group: ProcessGroup | None = None, batch_invariant: bool = False, workspace_bytes: int | None,
+                 ignore_index: int | None = None, margin: float = 0.0, gap: float | None = None,
+                 symmetric: bool = False, reduction: str, weight: Tensor | None = None,
+                 class_weight: Tensor | None = None, label_smoothing: float = 0.0, kept: Tensor | None = None,
+                 z_loss: float = 0.0, rank: bool, process_group: ProcessGroup | None = None,
+                 batch_invariant: bool = False, workspace_bytes: int | None,
                  backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
     """All losses: weigh the rows, run the operator that knows their weights or the one that waits for them, reduce."""
     if not torch.compiler.is_compiling() and (_functorch_level() is not None or _forward_ad_level() >= 0):
@@ -358,7 +430,8 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     grad = torch.is_grad_enabled()
     x2, w2 = (None, None) if lora is None else lora
     need = [grad and t is not None and t.requires_grad for t in (x, w, bias, x2, w2, scale)]
-    if backend == "fused" and any(need[:-1]):
+    need[2] |= need[5] and bias is not None  # the scale's gradient takes it in
+    if backend == "fused" and (any(need[:-1]) or symmetric or margin or gap is not None):
         backend = "triton"  # a second sweep's products must round as those did that the statistics are of
     # float16 waits for the upstream gradient: p / N is below its range without a loss scale, sums over N are above it
     known = reduction != "none" and x.dtype != torch.float16
@@ -367,31 +440,36 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     weight = weight.masked_fill(~valid, 0.0)
     n = x.shape[0]
     if batch_invariant:  # whole blocks of rows: a product's rows are independent of each other, but not of their number
-        end = (0, -n % ops.INVARIANT_ROWS.get(x.device.type, 1))
-        x, x2 = F.pad(x, (0, 0, *end)), None if x2 is None else F.pad(x2, (0, 0, *end))
-        target, weight, valid = F.pad(target, end, value=ignore_index), F.pad(weight, end), F.pad(valid, end)
-    weights, soft, divisor = _row_weights(weight, target, valid, w, class_weight, label_smoothing, z_loss, group)
+        padding = (0, -n % ops.INVARIANT_ROWS.get(x.device.type, 1))
+        x, x2 = F.pad(x, (0, 0, *padding)), None if x2 is None else F.pad(x2, (0, 0, *padding))
+        target = F.pad(target, padding, value=ignore_index)
+        weight, valid = F.pad(weight, padding), F.pad(valid, padding)
+    weights, soft, divisor = _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group)
     if reduction == "mean":
         divisor = torch.where(divisor == 0, 1.0, divisor)
-        weights = weights.map(lambda v: v / divisor)
+        weights, weight = weights.map(lambda v: v / divisor), weight / divisor
+    of_columns = None
+    if symmetric:  # half of each direction
+        weights, of_columns = weights.map(lambda v: v / 2), weight / 2
+    options: Any = (softcap, ignore_index, margin, gap)
+    end: Any = (rank, need, workspace_bytes, backend, group, batch_invariant)
     if known and any(need[:-1]):
-        loss, nll, lse, entropy, _, _, _, above, *_ = ops.loss_and_grads(
-            x, w, target, weights.b, weights.c, weights.e, weights.q, scale, bias, row_id, col_id, soft, x2, w2,
-            softcap, ignore_index, rank, need, workspace_bytes, backend, group, batch_invariant,
+        loss, nll, lse, entropy, _, _, _, _, above, *_ = ops.loss_and_grads(
+            x, w, target, weights.b, weights.c, weights.e, weights.q, of_columns, scale, bias, row_id, col_id, soft, x2,
+            w2, *options, *end,
         )  # fmt: skip
     else:
-        nll, lse, entropy, soft_logit, _, _, above = ops.nll_stats(
-            x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, rank, need,
-            workspace_bytes, backend, group, batch_invariant,
-        )  # fmt: skip
-        loss = ops.row_losses(weights, nll, lse, soft_logit)
+        nll, lse, entropy, soft_logit, col_nll, _, _, above, *_ = ops.nll_stats(
+            x, w, target, scale, bias, row_id, col_id, soft, x2, w2, *options, symmetric, *end
+        )
+        loss = ops.row_losses(weights, nll, lse, soft_logit, of_columns, col_nll)
         loss = loss[:n] if reduction == "none" else loss.sum()
     nll, lse, entropy, above, valid = (t[:n] for t in (nll, lse, entropy, above, valid))
     place = (above.long() + 1) * valid
     return loss, RowStats(nll, lse, -nll, entropy, place, (place == 1) & ~nll.isnan())
 
 
-def _row_weights(weight, target, valid, w, class_weight, label_smoothing, z_loss, group):
+def _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group):
     """The formula of :func:`linear_cross_entropy` as weights of the engine's statistics; the weights of the columns in
     the soft targets; what "mean" divides by."""
     b, c, e, soft = weight, None, None, None
@@ -401,6 +479,7 @@ def _row_weights(weight, target, valid, w, class_weight, label_smoothing, z_loss
         b = weight * own.masked_fill(~valid, 0.0)  # an ignored target may have met a weight of inf
     divisor = b.sum()
     if label_smoothing:
+        total, count = (total, count) if kept is None else (kept, kept)  # of columns that are not left out
         soft, e = columns, label_smoothing / count.clamp(min=1) * weight
         b, c = (1 - label_smoothing) * b, e * total
     return RowWeights(b, c, e, 2 * z_loss * weight if z_loss else None), soft, divisor
@@ -459,6 +538,22 @@ def _check_positive(name: str, value: float) -> None:
     """A number whose inverse is finite too, in float32."""
     if not isinstance(value, float | int) or not 1e-30 < value < 1e30:
         raise ValueError(f"{name} must be a number, positive and finite (1e-30 to 1e30), got {value!r}")
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def _check_distinct(target: Tensor, m: int) -> None:
+    """That no two targets are one column: an error on a CPU, a device-side assertion on CUDA."""
+    counts = torch.zeros(max(m, 1), dtype=torch.int64, device=target.device)
+    counts.index_add_(0, target.clamp(0, max(m - 1, 0)), torch.ones_like(target))
+    twice = (counts > 1) & (m > 0)
+    message = "target must be distinct rows of candidates where symmetric"
+    if target.device.type == "cpu" and twice.any():
+        raise ValueError(f"{message}, got row {int(twice.nonzero()[0])} for {int(counts.max())} queries")
+    torch._assert_async(~twice.any(), message)
 
 
 def _check_reduction(reduction: str) -> None:

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from cosup.distributed import shard, sum_over_ranks
-from cosup.kernels.reference import RowState
+from cosup.kernels.reference import ColumnState, RowState
 from cosup.plan import Strategy, plan
-from cosup.walk import Need, Problem, RowWeights, cost, default_workspace, walk
+from cosup.walk import Columns, Need, Problem, RowWeights, cost, default_workspace, walk
 
-STATS = 7  # what the operators give of each row: see nll_stats
+STATS = 11  # what the operators give of rows and columns: see nll_stats
 INVARIANT_ROWS = {"cpu": 64, "cuda": 256}  # every product has so many rows where no row may depend on another
 GRADS = len(Need._fields)  # ``need`` of an operator says which of these are asked, and then whether the scale's is
 
 
-def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, workspace_bytes,
-             group, invariant) -> Problem:  # fmt: skip
+def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap, symmetric,
+             workspace_bytes, group, invariant) -> Problem:  # fmt: skip
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync) and
     where a row must stay in its place."""
     budget = default_workspace(x.device) if workspace_bytes is None else workspace_bytes
@@ -32,7 +32,7 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, i
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     vectors = (target, bias, row_id, col_id, soft)
     target, bias, row_id, col_id, soft = (t if t is None else t.contiguous() for t in vectors)
-    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, x2, w2, shard=part,
+    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, x2, w2, margin, gap, symmetric, shard=part,
                 workspace_bytes=budget if part is None else part.workspace_bytes)  # fmt: skip
     m = p.columns
     bad = valid & ((target < 0) | (target >= m))
@@ -52,7 +52,7 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, i
 
 def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool):
     picked = p.rows is not None or p.skip is not None
-    c = cost(p.x, backend, gathered=picked, more_features=0 if p.x2 is None else p.x2.shape[1])
+    c = cost(p.x, backend, gathered=picked, more_features=0 if p.x2 is None else p.x2.shape[1], symmetric=p.symmetric)
     m = len(p.w) if p.shard is None else p.shard.widest  # alike on all ranks, and so are the blocks of rows
     n = INVARIANT_ROWS[p.x.device.type] if invariant else len(p.target)
     return plan(n, m, c, grads=grads, weights_known=weights_known, workspace_bytes=p.workspace_bytes)
@@ -60,7 +60,7 @@ def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known:
 
 def _per_row(p: Problem, state: RowState) -> tuple[Tensor, ...]:
     """What ``nll_stats`` gives, over all N rows; zeros at ignored rows."""
-    nll = state.nll()
+    nll = state.nll(p.margin * p.scale)
     above = torch.where(nll.isnan(), p.columns - 1, state.above)  # none is above a NaN: such a row is last, not first
     fields = (nll, state.lse(), state.entropy(), state.soft, state.max, state.sum, above)
     if p.rows is not None:
@@ -68,6 +68,30 @@ def _per_row(p: Problem, state: RowState) -> tuple[Tensor, ...]:
     if p.skip is not None:
         return tuple(f.masked_fill(p.skip, 0) for f in fields)
     return fields
+
+
+def _statistics(p: Problem, state: RowState, columns: Columns | None) -> tuple[Tensor, ...]:
+    """What ``nll_stats`` gives."""
+    nll, lse, entropy, soft, top, total, above = _per_row(p, state)
+    none = [p.scale.new_empty(0) for _ in range(4)]
+    col_nll, col_entropy, col_top, col_total = none
+    if columns is not None:
+        col_top, col_total, col_dot = columns.state
+        of_row = ColumnState(*(v[p.target] for v in columns.state))
+        col_entropy = of_row.sum.log() - of_row.dot / of_row.sum
+        col_nll = of_row.sum.log() + (of_row.max - state.target) + p.margin * p.scale
+    return nll, lse, entropy, soft, col_nll, top, total, above, col_entropy, col_top, col_total
+
+
+def _columns(p: Problem, weight: Tensor | None = None, top: Tensor | None = None, total: Tensor | None = None):
+    """The columns' statistic, new or known, and the weights of rows' targets in their own softmax; None: not asked."""
+    if not p.symmetric:
+        return None
+    m = len(p.w)
+    state = ColumnState.empty(m, p.scale) if top is None or total is None else ColumnState(top, total, total)
+    if weight is None:
+        return Columns(state)
+    return Columns(state, torch.zeros(m, dtype=p.scale.dtype, device=p.x.device).index_copy_(0, p.target, weight))
 
 
 def _picked(p: Problem, weights: RowWeights) -> RowWeights:
@@ -81,43 +105,52 @@ def _picked(p: Problem, weights: RowWeights) -> RowWeights:
 @torch.library.custom_op("cosup::nll_stats", mutates_args=())
 def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
               col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
-              ignore_index: int | None, rank: bool, need: list[bool], workspace_bytes: int | None, backend: str,
-              group: str | None, invariant: bool,
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """nll, lse, entropy, sum_m soft[m] z[m]; maximum, sum of exp(z - maximum), columns above the target: each [N].
+              ignore_index: int | None, margin: float, gap: float | None, symmetric: bool, rank: bool, need: list[bool],
+              workspace_bytes: int | None, backend: str, group: str | None, invariant: bool,
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                         Tensor]:  # fmt: skip
+    """nll, lse, entropy, sum_m soft[m] z[m], nll of the target's column among the rows: each [N], with derivatives;
+    maximum, sum of exp(z - maximum), columns above the target; entropy of the target's column: each [N];
+    maximum and sum of the columns: each [M]. What is of columns is empty unless ``symmetric``.
 
-    The first four have derivatives. ``need``: which a backward pass will make: of x, w, bias, x2, w2, scale.
+    ``need``: which gradients a backward pass will make: of x, w, bias, x2, w2, scale.
     """
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, workspace_bytes,
-                 group, invariant)  # fmt: skip
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap, symmetric,
+                 workspace_bytes, group, invariant)  # fmt: skip
     if any(need[:GRADS]):  # a budget that will not do for the backward pass is refused now
         _plan(p, backend, invariant, grads=True, weights_known=False)
     blocks = _plan(p, backend, invariant, grads=False, weights_known=False)
-    state, *_ = walk(p, blocks, backend, rank=rank)
-    return _per_row(p, state)  # type: ignore[return-value]
+    columns = _columns(p)
+    state, *_ = walk(p, blocks, backend, columns=columns, rank=rank)
+    return _statistics(p, state, columns)  # type: ignore[return-value]
 
 
 @nll_stats.register_fake
-def _(x, w, target, scale, *_):
-    return _fake_rows(target, scale)
+def _(x, w, target, scale, *others):
+    return _fake_statistics(w, target, scale, symmetric=others[10])
 
 
-def _fake_rows(target, scale):
-    rows = [torch.empty_like(target, dtype=scale.dtype) for _ in range(STATS - 1)]
-    return (*rows, torch.empty_like(target, dtype=torch.int32))
+def _fake_statistics(w, target, scale, symmetric):
+    rows = [torch.empty_like(target, dtype=scale.dtype) for _ in range(STATS - 3)]
+    rows[7:7] = [torch.empty_like(target, dtype=torch.int32)]
+    m = w.shape[0] if symmetric else 0
+    if not symmetric:
+        rows[4], rows[8] = scale.new_empty(0), scale.new_empty(0)
+    return *rows, scale.new_empty(m), scale.new_empty(m)
 
 
 @torch.library.custom_op("cosup::nll_stats_backward", mutates_args=())
 def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None, grad_soft: Tensor | None,
-                       entropy: Tensor, top: Tensor, total: Tensor, x: Tensor, w: Tensor, target: Tensor,
+                       grad_column: Tensor | None, entropy: Tensor, top: Tensor, total: Tensor, col_top: Tensor,
+                       col_total: Tensor, x: Tensor, w: Tensor, target: Tensor,
                        scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
                        soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
-                       ignore_index: int | None, need: list[bool], workspace_bytes: int | None, backend: str,
-                       group: str | None, invariant: bool,
+                       ignore_index: int | None, margin: float, gap: float | None, symmetric: bool, need: list[bool],
+                       workspace_bytes: int | None, backend: str, group: str | None, invariant: bool,
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dw, dbias, dx2, dw2 for upstream gradients of what ``nll_stats`` gives; empty where not needed."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, workspace_bytes,
-                 group, invariant)  # fmt: skip
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap, symmetric,
+                 workspace_bytes, group, invariant)  # fmt: skip
     blocks = _plan(p, backend, invariant, grads=True, weights_known=False)
     soft_weight = None if grad_soft is None else -grad_soft
     weights = _picked(p, RowWeights(grad_nll, grad_lse, soft_weight, None, grad_entropy))
@@ -125,13 +158,14 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
     top, total, entropy = top[rows], total[rows], entropy[rows]
     dot = torch.where(total == 0, 0.0, (total.log() - entropy) * total)  # no sum: an ignored row
     known = RowState(top, total, dot, top, top, target)  # a gradient reads the first three
-    _, *grads = walk(p, blocks, backend, known=known, weights=weights, need=Need(*need[:GRADS]))
+    columns = _columns(p, torch.zeros_like(grad_nll) if grad_column is None else grad_column, col_top, col_total)
+    _, *grads = walk(p, blocks, backend, known=known, weights=weights, columns=columns, need=Need(*need[:GRADS]))
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
 @nll_stats_backward.register_fake
-def _(grad_nll, grad_lse, grad_entropy, grad_soft, entropy, top, total, x, w, target, scale, bias, row_id, col_id, soft,
-      x2, w2, softcap, ignore_index, need, *_):  # fmt: skip
+def _(grad_nll, grad_lse, grad_entropy, grad_soft, grad_column, entropy, top, total, col_top, col_total, x, w, target,
+      scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap, symmetric, need, *_):  # fmt: skip
     return _fake_grads(x, w, scale, x2, w2, need)
 
 
@@ -142,32 +176,34 @@ def _fake_grads(x, w, scale, x2, w2, need):
 
 
 def _stats_context(ctx, inputs, output):
-    *tensors, ctx.softcap, ctx.ignore_index, _, ctx.need = inputs[:-4]
+    *tensors, ctx.softcap, ctx.ignore_index, ctx.margin, ctx.gap, ctx.symmetric, _, ctx.need = inputs[:-4]
     ctx.end = inputs[-4:]
-    ctx.save_for_backward(*tensors, *output[:6])
-    ctx.mark_non_differentiable(*output[4:])
+    ctx.save_for_backward(*tensors, *output[:7], *output[8:])
+    ctx.mark_non_differentiable(*output[5:])
     ctx.set_materialize_grads(False)
 
 
-def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, *_):
-    grads = (grad_nll, grad_lse, grad_entropy, grad_soft)
+def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, grad_column, *_):
+    grads = (grad_nll, grad_lse, grad_entropy, grad_soft, grad_column)
     _once(*grads)
-    *tensors, nll, lse, entropy, soft_logit, top, total = ctx.saved_tensors
+    *tensors, nll, lse, entropy, soft_logit, col_nll, top, total, col_entropy, col_top, col_total = ctx.saved_tensors
     dx = dw = dbias = dx2 = dw2 = dscale = None
     if all(g is None for g in grads):
-        return 18 * (None,)
+        return 21 * (None,)
     if any(ctx.need[:GRADS]):
         grad_nll = torch.zeros_like(nll) if grad_nll is None else grad_nll
-        options = (ctx.softcap, ctx.ignore_index, ctx.need, *ctx.end)
-        found = nll_stats_backward(grad_nll, grad_lse, grad_entropy, grad_soft, entropy, top, total, *tensors, *options)
+        options = (ctx.softcap, ctx.ignore_index, ctx.margin, ctx.gap, ctx.symmetric, ctx.need, *ctx.end)
+        statistics = (entropy, top, total, col_top, col_total)
+        found = nll_stats_backward(grad_nll, *grads[1:], *statistics, *tensors, *options)
         dx, dw, dbias, dx2, dw2 = (g if wanted else None for g, wanted in zip(found, ctx.need, strict=False))
     if ctx.need[GRADS]:
         if grad_entropy is not None:
             raise RuntimeError("the entropy has no gradient of the temperature")
         weights = RowWeights(torch.zeros_like(nll) if grad_nll is None else grad_nll, grad_lse,
                              None if grad_soft is None else -grad_soft)  # fmt: skip
-        dscale = _scale_grad(weights, nll, lse, entropy, soft_logit, scale=tensors[3])
-    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *8 * [None]
+        of_columns = None if grad_column is None else grad_column * (col_nll - col_entropy)
+        dscale = _scale_grad(weights, nll, lse, entropy, soft_logit, of_columns, tensors[3], tensors[4], dbias)
+    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *11 * [None]
 
 
 def _once(*grads: Tensor | None) -> None:
@@ -175,8 +211,8 @@ def _once(*grads: Tensor | None) -> None:
         raise RuntimeError("cosup's losses have first derivatives only: create_graph=True is not supported")
 
 
-def _scale_grad(v: RowWeights, nll, lse, entropy, soft_logit, scale):
-    """d loss / d scale = sum_m dz[m] z[m] / scale: logits are linear in scale wherever this is asked."""
+def _scale_grad(v: RowWeights, nll, lse, entropy, soft_logit, of_columns, scale, bias, dbias):
+    """d loss / d scale = sum_m dz[m] (z[m] - bias[m]) / scale: logits are linear in scale wherever this is asked."""
     rows = v.b * (nll - entropy)  # E[z] - z[target]
     if v.c is not None:
         rows = rows + v.c * (lse - entropy)
@@ -184,7 +220,12 @@ def _scale_grad(v: RowWeights, nll, lse, entropy, soft_logit, scale):
         rows = rows + v.q * lse * (lse - entropy)
     if v.e is not None:
         rows = rows - v.e * soft_logit
-    return rows.sum() / scale
+    if of_columns is not None:
+        rows = rows + of_columns
+    total = rows.sum(dtype=torch.float64)  # its terms cancel
+    if bias is not None:
+        total = total - (bias * dbias).sum(dtype=torch.float64)
+    return (total / scale).to(scale.dtype)
 
 
 nll_stats.register_autograd(_stats_backward, setup_context=_stats_context)
@@ -192,62 +233,72 @@ nll_stats.register_autograd(_stats_backward, setup_context=_stats_context)
 
 @torch.library.custom_op("cosup::loss_and_grads", mutates_args=())
 def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | None, e: Tensor | None,
-                   q: Tensor | None, scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
-                   soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float, ignore_index: int | None,
-                   rank: bool, need: list[bool], workspace_bytes: int | None, backend: str, group: str | None,
-                   invariant: bool,
-                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                              Tensor, Tensor, Tensor]:  # fmt: skip
-    """The sum of :func:`row_losses`, what ``nll_stats`` gives, the sum's gradients as ``nll_stats_backward`` does."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, workspace_bytes,
-                 group, invariant)  # fmt: skip
+                   q: Tensor | None, v: Tensor | None, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
+                   col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
+                   ignore_index: int | None, margin: float, gap: float | None, rank: bool, need: list[bool],
+                   workspace_bytes: int | None, backend: str, group: str | None, invariant: bool,
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                              Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum of :func:`row_losses`, what ``nll_stats`` gives, the sum's gradients as ``nll_stats_backward`` does.
+    ``v`` [N]: weights of the targets' columns among the rows; None: no statistic of columns."""
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap,
+                 v is not None, workspace_bytes, group, invariant)  # fmt: skip
     blocks = _plan(p, backend, invariant, grads=True, weights_known=True)
-    weights, known = RowWeights(b, c, e, q), None
+    weights, known, columns = RowWeights(b, c, e, q), None, _columns(p, v)
     if blocks.strategy is Strategy.RECOMPUTE:
         first = _plan(p, backend, invariant, grads=False, weights_known=True)
-        known, *_ = walk(p, first, backend, rank=rank)
-    state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), known=known, rank=rank,
+        known, *_ = walk(p, first, backend, columns=columns, rank=rank)
+    state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), known=known, columns=columns, rank=rank,
                          need=Need(*need[:GRADS]))  # fmt: skip
-    rows = _per_row(p, state)
+    statistics = _statistics(p, state, columns)
     found = (x.new_empty(0) if g is None else g for g in grads)
-    return row_losses(weights, rows[0], rows[1], rows[3]).sum(), *rows, *found  # type: ignore[return-value]
+    nll, lse, _, soft_logit, col_nll, *_ = statistics
+    loss = row_losses(weights, nll, lse, soft_logit, v, col_nll).sum()
+    return loss, *statistics, *found  # type: ignore[return-value]
 
 
-def row_losses(v: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor) -> Tensor:
-    """b nll + c lse - e sum_m soft[m] z[m] + q lse^2 / 2 of each row."""
-    loss = v.b * nll
-    if v.c is not None:
-        loss = loss + v.c * lse
-    if v.e is not None:
-        loss = loss - v.e * soft_logit
-    return loss if v.q is None else loss + v.q * lse.square() / 2
+def row_losses(weights: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor, v: Tensor | None,
+               col_nll: Tensor) -> Tensor:  # fmt: skip
+    """b nll + c lse - e sum_m soft[m] z[m] + q lse^2 / 2 of each row, and v col_nll."""
+    loss = weights.b * nll
+    if weights.c is not None:
+        loss = loss + weights.c * lse
+    if weights.e is not None:
+        loss = loss - weights.e * soft_logit
+    if weights.q is not None:
+        loss = loss + weights.q * lse.square() / 2
+    return loss if v is None else loss + v * col_nll
 
 
 @loss_and_grads.register_fake
-def _(x, w, target, b, c, e, q, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, rank, need, *_):
-    return torch.empty_like(scale), *_fake_rows(target, scale), *_fake_grads(x, w, scale, x2, w2, need)
+def _(x, w, target, b, c, e, q, v, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap, rank,
+      need, *_):  # fmt: skip
+    statistics = _fake_statistics(w, target, scale, symmetric=v is not None)
+    return torch.empty_like(scale), *statistics, *_fake_grads(x, w, scale, x2, w2, need)
 
 
 def _grads_context(ctx, inputs, output):
     ctx.need = inputs[-5]
-    ctx.save_for_backward(*inputs[3:8], *output[1:5], *output[8:])
+    ctx.save_for_backward(*inputs[3:10], *output[1:6], output[9], *output[1 + STATS :])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _grads_backward(ctx, grad_loss, *_):
     _once(grad_loss)
-    b, c, e, q, scale, nll, lse, entropy, soft_logit, *grads = ctx.saved_tensors
+    b, c, e, q, v, scale, bias, nll, lse, entropy, soft_logit, col_nll, col_entropy, *grads = ctx.saved_tensors
     if grad_loss is None:
-        return 22 * (None,)
-    scaled = (_scaled(g, grad_loss) if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
-    dx, dw, dbias, dx2, dw2 = scaled
+        return 25 * (None,)
     dscale = None
     if ctx.need[GRADS]:
-        dscale = grad_loss * _scale_grad(RowWeights(b, c, e, q), nll, lse, entropy, soft_logit, scale)
-    rows = (nll, lse, -soft_logit, lse.square() / 2)
-    dweights = [grad_loss * r if wanted else None for r, wanted in zip(rows, ctx.needs_input_grad[3:7], strict=True)]
-    return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *8 * [None]
+        of_columns = None if v is None else v * (col_nll - col_entropy)
+        weights = RowWeights(b, c, e, q)
+        dscale = grad_loss * _scale_grad(weights, nll, lse, entropy, soft_logit, of_columns, scale, bias, grads[2])
+    scaled = (_scaled(g, grad_loss) if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
+    dx, dw, dbias, dx2, dw2 = scaled
+    rows = (nll, lse, -soft_logit, lse.square() / 2, col_nll)
+    dweights = [grad_loss * r if wanted else None for r, wanted in zip(rows, ctx.needs_input_grad[3:8], strict=True)]
+    return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *10 * [None]
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:

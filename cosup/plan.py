@@ -2,7 +2,8 @@
 
 With U = 2 N M D FLOP, one GEMM over the logits:
 
-    gradients in forward   3U   a block of whole rows fits the budget and the weight of every row is known at call time
+    gradients in forward   3U   a block of whole rows (with statistics of columns: of all rows) fits the budget, and the
+                                weight of every row is known at call time
     recompute              4U   statistics first, gradients in a second sweep; columns in slabs, so any N and M fit
     statistics             1U   no gradient is asked
 
@@ -48,6 +49,7 @@ class Cost(NamedTuple):
     coef: int  # per element of a strip while its gradients are added: coefficients beside the tile
     product: int  # per element of their product, before it is added
     row: int  # per row of the whole problem: statistics, coefficients, row numbers
+    column: int  # per column of it: their statistics; 0 where those of rows are enough
     block_row: int  # per row of a block: gathered or masked operands
     table_row: int  # per table row of a slab: float32 sum of its gradient, where that is kept apart
     query_row: int  # the same per row: of the whole problem with several slabs, else of a block with several strips
@@ -76,7 +78,7 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
         blocks = -(-n // max(rows, 1))
         even = -(-n // max(blocks, 1))
         rows, cols = even if fits(even, m) else rows, m
-        if grads and weights_known:
+        if grads and weights_known and (rows == n or not cost.column):
             strategy = Strategy.GRADS_IN_FORWARD
     else:
         rows = min(n, SLAB_HEIGHT * cost.least_rows)
@@ -96,7 +98,7 @@ def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
     """Bytes that a walk in blocks of rows x cols holds at its peak."""
     if rows == 0:
         return 0
-    total = rows * (padded(-(-cols // cost.merged_cols)) * cost.tile + cost.block_row) + n * cost.row
+    total = rows * (padded(-(-cols // cost.merged_cols)) * cost.tile + cost.block_row) + n * cost.row + m * cost.column
     strip = strip_cols(rows, cols, cost)
     product = max(rows, strip) * cost.features * cost.product
     total += max(rows * strip * cost.dots, (rows * strip * cost.coef + product) if grads else 0)

@@ -27,7 +27,7 @@ from torch import Tensor
 from cosup import gemm
 from cosup.distributed import Shard, merge, sum_over_ranks
 from cosup.kernels import native, reference
-from cosup.kernels.reference import RowState
+from cosup.kernels.reference import ColumnState, RowState
 from cosup.plan import Cost, Plan, padded
 
 _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
@@ -56,6 +56,9 @@ class Problem(NamedTuple):
     soft: Tensor | None = None  # [M], column weights of the soft targets
     x2: Tensor | None = None  # [N, K], with w2 a second product, added to the first: logits x w^T + x2 w2^T
     w2: Tensor | None = None  # [M, K]
+    margin: float = 0.0  # taken from the target's inner product
+    gap: float | None = None  # columns whose inner product is above the target's by more are left out; None: none
+    symmetric: bool = False  # whether statistics of the columns are asked too
     rows: Tensor | None = None  # [n <= N] int64, the rows to visit; None: all of them
     skip: Tensor | None = None  # [N] bool, rows visited whose contents must not matter; None: none
     shard: Shard | None = None  # which part of a table over several ranks w is; None: all of it
@@ -90,6 +93,19 @@ class RowWeights(NamedTuple):
         return self.map(lambda v: v[r])
 
 
+class Columns(NamedTuple):
+    """The columns' own softmax, over the rows."""
+
+    state: ColumnState
+    weight: Tensor | None = None  # [M], of each column's log-sum-exp in the loss
+
+    def coefficients(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and factor of exp(z - shift) in the gradient."""
+        assert self.weight is not None
+        shift = torch.where(self.state.sum == 0, 0.0, self.state.max)
+        return shift, _over(self.weight * scale, self.state.sum)
+
+
 class Need(NamedTuple):
     """Which gradients are asked."""
 
@@ -101,28 +117,31 @@ class Need(NamedTuple):
 
 
 def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = None, known: RowState | None = None,
-         need: Need | None = None, rank: bool = False):  # fmt: skip
+         columns: Columns | None = None, need: Need | None = None, rank: bool = False):  # fmt: skip
     """One sweep over all tiles. Vectors over rows are over ``p.rows`` where those are given.
 
     Args:
         weights: Weights of the rows in the loss whose gradients are asked; None: no gradients.
         known: Final max, sum and dot of each row; None: this sweep computes the statistics. Without it, gradients need
             tiles of whole rows.
+        columns: Their statistic, to be filled by this sweep or, with ``known``, final. Without ``known``, gradients
+            need one tile.
         rank: Whether ``RowState.above`` will be read.
 
     Returns:
         RowState (``known`` where that was given), and the gradients of x, w, bias, x2, w2; None for one not asked.
     """
     n, m, need = len(p.target), len(p.w), need or Need()
-    tile_stats, tile_grad, product_stats = tile_kernels(backend, p.x)
+    kernels = tile_kernels(backend, p.x)
     state = RowState.empty(n, p.scale) if known is None else known
     fused = plan.merged_cols > 1  # no logits: their products are merged as they are made
     if rank and (fused or plan.block_cols < m or p.shard is not None):
-        _target_logits(p, state, plan)
+        state.target.copy_(_target_logits(p, plan))
+    limit = None if p.gap is None else _target_logits(p, plan) + p.gap * p.scale
     rows, cols = min(plan.block_rows, n), padded(-(-plan.block_cols // plan.merged_cols))
     tile_buffer = torch.empty(rows, cols * (FUSED_FIELDS if fused else 1), dtype=p.scale.dtype, device=p.x.device)
     if weights is not None:
-        assert known is not None or plan.block_cols >= m
+        assert known is not None or (plan.block_cols >= m and (columns is None or plan.block_rows >= n))
         weights = weights.map(lambda v: v * p.scale)  # the chain from u = scale * dot to dot
     products = [_Product(p, p.x, p.w, need.x, need.w, plan)]
     if p.x2 is not None and p.w2 is not None:
@@ -135,7 +154,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
             for product in products:
                 product.start_block(r)
             if fused:
-                product_stats(products[0].x_r, p.w[s], state.rows(r), tile_buffer, rank, *_features(p, r, s))
+                kernels.product_stats(products[0].x_r, p.w[s], state.rows(r), tile_buffer, rank, *_features(p, r, s))
             else:
                 tile = tile_buffer[: r.stop - r.start, : s.stop - s.start]
                 strips = [(c, tile[:, c.start - s.start : c.stop - s.start])
@@ -144,14 +163,21 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
                     for product in products:
                         product.dots(c, strip, first=product is products[0])
                 if known is None:
-                    tile_stats(tile, state.rows(r), *_features(p, r, s))
+                    kernels.tile_stats(tile, state.rows(r), *_features(p, r, s, limit))
+                    if columns is not None:
+                        kernels.column_stats(tile, columns.state.columns(s), *_features(p, r, s, limit))
             if known is None and p.shard is not None and s.stop == m:
                 merge(state.rows(r), p.shard.holds(p.target[r], m), p.shard, rank)
             if weights is None:
                 continue
-            coefficients = _row_coefficients(weights.rows(r), state.rows(r))
+            a, b, e, h = _row_coefficients(weights.rows(r), state.rows(r))
+            of_columns: tuple[Tensor, ...] = ()
+            if columns is not None and columns.weight is not None:
+                of_columns = columns.coefficients(p.scale)
+                b = b + columns.weight[p.target[r]] * p.scale
             for c, strip in strips:
-                coef = _coefficients(tile_grad, strip, p.x.dtype, state.max[r], coefficients, _features(p, r, c))
+                features = (*_features(p, r, c, limit), e, h, *(v[c] for v in of_columns))
+                coef = _coefficients(kernels.tile_grad, strip, p.x.dtype, state.max[r], a, b, features)
                 for product in products:
                     product.add(c, coef)
                 if dbias is not None:
@@ -234,9 +260,9 @@ class _Product:
         return torch.empty(self.r.stop - self.r.start, dx.shape[1], dtype=self.p.scale.dtype, device=dx.device), True
 
 
-def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0) -> Cost:
+def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, symmetric: bool = False) -> Cost:
     """Bytes per unit that :func:`walk` holds for operands like x; ``gathered``: rows are picked or masked;
-    ``more_features``: of a second product."""
+    ``more_features``: of a second product; ``symmetric``: with the columns' statistics."""
     d, item = x.shape[1] + more_features, x.element_size()
     wide = max(item, 4)
     on_cpu = x.device.type == "cpu"
@@ -253,6 +279,7 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0) -> 
         coef=product * (2 if x.dtype == torch.bfloat16 else 1),  # 16-bit ones are apart; oneDNN packs them
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
         row=5 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets and row numbers
+        column=6 * wide if symmetric else 0,  # ColumnState; weights and their coefficients
         block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
         table_row=sums,
         query_row=sums,
@@ -304,19 +331,26 @@ def resolve(backend: str, x: Tensor) -> str:
     return backend
 
 
-def tile_kernels(backend: str, x: Tensor) -> tuple[Any, Any, Any]:
-    """tile_stats, tile_grad and, where there is one, product_stats of a backend that :func:`resolve` gave."""
+class Kernels(NamedTuple):
+    tile_stats: Callable[..., None]
+    column_stats: Callable[..., None]
+    tile_grad: Callable[..., None]
+    product_stats: Callable[..., None] = lambda *_: None
+
+
+def tile_kernels(backend: str, x: Tensor) -> Kernels:
+    """The kernels of a backend that :func:`resolve` gave."""
     if backend == "native":
-        return native.tile_stats, native.tile_grad, None
+        return Kernels(native.tile_stats, native.column_stats, native.tile_grad)
     if backend == "reference":
         if x.dtype != torch.float64 and not (native.AVAILABLE if x.device.type == "cpu" else HAS_TRITON):
             _warn_slow()
-        return reference.tile_stats, reference.tile_grad, None
+        return Kernels(reference.tile_stats, reference.column_stats, reference.tile_grad)
     from cosup.kernels.product_stats import product_stats  # Triton: absent on some platforms
     from cosup.kernels.tile_grad import tile_grad
-    from cosup.kernels.tile_stats import tile_stats
+    from cosup.kernels.tile_stats import column_stats, tile_stats
 
-    return tile_stats, tile_grad, product_stats
+    return Kernels(tile_stats, column_stats, tile_grad, product_stats)
 
 
 @functools.cache
@@ -333,10 +367,11 @@ def _slice(vector: Tensor | None, part: slice) -> Tensor | None:
     return None if vector is None else vector[part]
 
 
-def _features(p: Problem, r: slice, c: slice):
+def _features(p: Problem, r: slice, c: slice, limit: Tensor | None = None):
     """What the tile kernels must know of rows r and columns c."""
     ids = _slice(p.row_id, r), _slice(p.col_id, c)
-    return p.col0 + c.start, p.target[r], p.scale, _slice(p.bias, c), *ids, p.softcap, _slice(p.soft, c)
+    table = _slice(p.bias, c), *ids, p.softcap, _slice(p.soft, c)
+    return p.col0 + c.start, p.target[r], p.scale, *table, p.margin, _slice(limit, r)
 
 
 def _take(p: Problem, x: Tensor, r: slice) -> Tensor:
@@ -347,14 +382,15 @@ def _take(p: Problem, x: Tensor, r: slice) -> Tensor:
     return x[r]
 
 
-def _target_logits(p: Problem, state: RowState, plan: Plan) -> None:
-    """Targets' logits before the sweep, for ranks when a target may stand in a later slab or on another rank; in the
-    tile's room."""
+def _target_logits(p: Problem, plan: Plan) -> Tensor:
+    """Targets' logits before the sweep, for ranks when a target may stand in a later slab or on another rank, and for
+    limits of what is a negative; in the tile's room."""
+    logits = torch.empty_like(p.target, dtype=p.scale.dtype)
     operands = [(p.x, p.w), *([(p.x2, p.w2)] if p.x2 is not None and p.w2 is not None else [])]
     d = max(1, sum(x.shape[1] for x, _ in operands))
     for r in _spans(0, len(p.target), max(1, plan.block_rows * plan.block_cols // (4 * d))):
         target_r = (p.target[r] - p.col0).clamp(0, len(p.w) - 1)
-        dot_r = torch.zeros_like(state.max[r])
+        dot_r = torch.zeros_like(logits[r])
         for x, w in operands:
             product_RD = _take(p, x, r).to(p.scale.dtype) * w[target_r]
             # raised by what a GEMM may round otherwise: an equal logit must not count as above
@@ -363,10 +399,11 @@ def _target_logits(p: Problem, state: RowState, plan: Plan) -> None:
         u_r = dot_r * p.scale
         if p.bias is not None:
             u_r += p.bias[target_r]
-        state.target[r] = p.softcap * torch.tanh(u_r / p.softcap) if p.softcap else u_r
+        logits[r] = p.softcap * torch.tanh(u_r / p.softcap) if p.softcap else u_r
     if p.shard is not None:
-        state.target.masked_fill_(~p.shard.holds(p.target, len(p.w)), 0.0)
-        sum_over_ranks(state.target, p.shard)
+        logits.masked_fill_(~p.shard.holds(p.target, len(p.w)), 0.0)
+        sum_over_ranks(logits, p.shard)
+    return logits
 
 
 def _row_coefficients(v: RowWeights, state: RowState) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -384,14 +421,13 @@ def _over(weight: Tensor, total: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight / total)
 
 
-def _coefficients(tile_grad, tile: Tensor, dtype: torch.dtype, shift_r, coefficients, features) -> Tensor:
+def _coefficients(tile_grad, tile: Tensor, dtype: torch.dtype, shift_r, a_r, b_r, features) -> Tensor:
     """Gradient coefficients of a tile in the operands' dtype: in its own memory, but for 16-bit ones on a CPU."""
-    a_r, b_r, e_r, h_r = coefficients
     if tile.is_cuda and tile.dtype != dtype:
         half = tile.view(dtype)[:, : tile.shape[1]]  # at the front of each float32 row
-        tile_grad(tile, half, shift_r, a_r, b_r, *features, e_r, h_r)
+        tile_grad(tile, half, shift_r, a_r, b_r, *features)
         return half
-    tile_grad(tile, tile, shift_r, a_r, b_r, *features, e_r, h_r)
+    tile_grad(tile, tile, shift_r, a_r, b_r, *features)
     return tile.to(dtype)
 
 

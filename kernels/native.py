@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cosup.kernels.reference import RowState
+from cosup.kernels.reference import ColumnState, RowState
 
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")  # bit numbers of cosup_instruction_sets()
 
@@ -32,36 +32,49 @@ AVAILABLE = tuple(s for i, s in enumerate(INSTRUCTION_SETS) if LIBRARY and LIBRA
 
 
 def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
-               softcap=0.0, soft_S=None, instruction_set: str | None = None):  # fmt: skip
+               softcap=0.0, soft_S=None, margin=0.0, limit_R=None,
+               instruction_set: str | None = None):  # fmt: skip
     R, S = dot_RS.shape
-    _function("stats", instruction_set)(
+    _function("tile_stats", instruction_set)(
         _at(dot_RS), R, S, dot_RS.stride(0), *(_at(field) for field in state), col0, _at(target_R), _at(scale),
-        _at(bias_S), _at(row_id_R), _at(col_id_S), softcap, _at(soft_S), torch.get_num_threads(),
+        _at(bias_S), _at(row_id_R), _at(col_id_S), softcap, _at(soft_S), margin, _at(limit_R), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def column_stats(dot_RS: Tensor, state: ColumnState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
+                 softcap=0.0, soft_S=None, margin=0.0, limit_R=None,
+                 instruction_set: str | None = None):  # fmt: skip
+    R, S = dot_RS.shape
+    _function("column_stats", instruction_set)(
+        _at(dot_RS), R, S, dot_RS.stride(0), *(_at(field) for field in state), col0, _at(target_R), _at(scale),
+        _at(bias_S), _at(row_id_R), _at(col_id_S), softcap, margin, _at(limit_R), torch.get_num_threads(),
     )  # fmt: skip
 
 
 def tile_grad(dot_RS: Tensor, out_RS: Tensor, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None,
-              col_id_S=None, softcap=0.0, soft_S=None, e_R=None, h_R=None,
-              instruction_set: str | None = None):  # fmt: skip
+              col_id_S=None, softcap=0.0, soft_S=None, margin=0.0, limit_R=None, e_R=None, h_R=None, col_shift_S=None,
+              col_a_S=None, instruction_set: str | None = None):  # fmt: skip
     R, S = dot_RS.shape
     assert out_RS.stride() == dot_RS.stride()
-    _function("grad", instruction_set)(
+    _function("tile_grad", instruction_set)(
         _at(dot_RS), _at(out_RS), R, S, dot_RS.stride(0), _at(shift_R), _at(a_R), _at(b_R), col0, _at(target_R),
-        _at(scale), _at(bias_S), _at(row_id_R), _at(col_id_S), softcap, _at(soft_S), _at(e_R), _at(h_R),
-        torch.get_num_threads(),
+        _at(scale), _at(bias_S), _at(row_id_R), _at(col_id_S), softcap, _at(soft_S), margin, _at(limit_R), _at(e_R),
+        _at(h_R), _at(col_shift_S), _at(col_a_S), torch.get_num_threads(),
     )  # fmt: skip
 
 
 POINTER, INT64, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 ARGUMENTS = {
-    "stats": [POINTER, INT64, INT64, INT64, *6 * [POINTER], INT64, *5 * [POINTER], FLOAT, POINTER, INT],
-    "grad": [POINTER, POINTER, INT64, INT64, INT64, *3 * [POINTER], INT64, *5 * [POINTER], FLOAT, *3 * [POINTER], INT],
-}
+    "tile_stats": [POINTER, *3 * [INT64], *6 * [POINTER], INT64, *5 * [POINTER], FLOAT, POINTER, FLOAT, POINTER, INT],
+    "column_stats": [POINTER, *3 * [INT64], *3 * [POINTER], INT64, *5 * [POINTER], FLOAT, FLOAT, POINTER, INT],
+    "tile_grad": [POINTER, POINTER, *3 * [INT64], *3 * [POINTER], INT64, *5 * [POINTER], FLOAT, POINTER, FLOAT,
+                  *5 * [POINTER], INT],
+}  # fmt: skip
 
 
 @functools.cache
 def _function(kernel: str, instruction_set: str | None):
-    function = getattr(LIBRARY, f"cosup_tile_{kernel}_{instruction_set or AVAILABLE[-1]}")
+    function = getattr(LIBRARY, f"cosup_{kernel}_{instruction_set or AVAILABLE[-1]}")
     function.argtypes, function.restype = ARGUMENTS[kernel], None
     return function
 

@@ -1,10 +1,11 @@
-"""The two tile kernels in plain PyTorch: the specification, the oracle, and the path where nothing else runs.
+"""The tile kernels in plain PyTorch: the specification, the oracle, and the path where nothing else runs.
 
 A tile holds raw inner products ``dot[r, s] = <x[r], w[col0 + s]>``. Its logits are
 
     u[r, s] = scale * dot[r, s] + bias[s]
     z[r, s] = softcap * tanh(u / softcap)      (z = u without a softcap)
-    z[r, s] = -inf                             where row_id[r] == col_id[s] and col0 + s != target[r]
+    z[r, s] = z[r, s] - margin * scale         where col0 + s == target[r]; margin 0 with a softcap
+    z[r, s] = -inf                             elsewhere, if row_id[r] == col_id[s] or z[r, s] > limit[r]
 
 Shape suffixes: R rows of the tile, S columns of the tile. Row statistics are float32 (float64 for float64 tiles).
 Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867.
@@ -28,7 +29,7 @@ class RowState(NamedTuple):
     max: Tensor  # [N] largest logit so far
     sum: Tensor  # [N] sum of exp(z - max)
     dot: Tensor  # [N] sum of exp(z - max) * (z - max)
-    target: Tensor  # [N] logit of the target, NaN until seen
+    target: Tensor  # [N] logit of the target without its margin, NaN until seen
     soft: Tensor  # [N] sum of soft[m] * z[m], for column weights soft
     above: Tensor  # [N] int32, columns other than the target whose logit is above it
 
@@ -42,9 +43,9 @@ class RowState(NamedTuple):
     def rows(self, r: slice) -> RowState:
         return RowState(*(field[r] for field in self))
 
-    def nll(self) -> Tensor:
-        """lse - target, with the two large numbers subtracted before the small one is added."""
-        return self.sum.log() + (self.max - self.target)
+    def nll(self, margin: Tensor | float = 0.0) -> Tensor:
+        """lse - (target - margin), with the two large numbers subtracted before the small ones are added."""
+        return self.sum.log() + (self.max - self.target) + margin
 
     def lse(self) -> Tensor:
         return self.max + self.sum.log()
@@ -54,7 +55,22 @@ class RowState(NamedTuple):
         return self.sum.log() - self.dot / self.sum
 
 
-def logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap) -> tuple[Tensor, Tensor]:
+class ColumnState(NamedTuple):
+    """The running statistic of each column, over the rows."""
+
+    max: Tensor  # [M] largest logit so far
+    sum: Tensor  # [M] sum of exp(z - max)
+    dot: Tensor  # [M] sum of exp(z - max) * (z - max)
+
+    @classmethod
+    def empty(cls, m: int, like: Tensor) -> ColumnState:
+        return cls(*(torch.full((m,), v, dtype=like.dtype, device=like.device) for v in (float("-inf"), 0.0, 0.0)))
+
+    def columns(self, c: slice) -> ColumnState:
+        return ColumnState(*(field[c] for field in self))
+
+
+def logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R):
     """The logits of a tile and the mask of each row's target, as the file's opening says."""
     u_RS = dot_RS.to(torch.promote_types(dot_RS.dtype, torch.float32)) * scale
     if bias_S is not None:
@@ -62,19 +78,39 @@ def logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap) -
     z_RS = softcap * torch.tanh(u_RS / softcap) if softcap else u_RS
     column_S = torch.arange(col0, col0 + dot_RS.shape[1], device=dot_RS.device)
     hit_RS = column_S == target_R[:, None]
+    if limit_R is not None:
+        z_RS = z_RS.masked_fill((z_RS > limit_R[:, None]) & ~hit_RS, float("-inf"))
     if row_id_R is not None:
         z_RS = z_RS.masked_fill((col_id_S == row_id_R[:, None]) & ~hit_RS, float("-inf"))
-    return z_RS, hit_RS
+    return (torch.where(hit_RS, z_RS - margin * scale, z_RS) if margin else z_RS), hit_RS
 
 
 def tile_stats(
-    dot_RS, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0, soft_S=None
-):
+    dot_RS, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0, soft_S=None,
+    margin=0.0, limit_R=None
+):  # fmt: skip
     """Merge a tile into the running statistic of its rows, in place. The tile is left as it is."""
-    z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap)
-    own_R = torch.where(hit_RS, z_RS, 0.0).sum(1)
+    z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R)
+    own_R = torch.where(hit_RS, z_RS + margin * scale, 0.0).sum(1)
     state.target.copy_(torch.where(hit_RS.any(1), own_R, state.target))
     state.above.add_(((z_RS > state.target[:, None]) & ~hit_RS).sum(1))
+    _merge_exponentials(state, z_RS)
+    if soft_S is not None:
+        soft_RS = soft_S * z_RS
+        masks = row_id_R is not None or limit_R is not None
+        state.soft.add_((soft_RS.masked_fill(z_RS == float("-inf"), 0.0) if masks else soft_RS).sum(1))
+
+
+def column_stats(
+    dot_RS, state: ColumnState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0,
+    soft_S=None, margin=0.0, limit_R=None
+):  # fmt: skip
+    """Merge a tile into the running statistic of its columns, in place; ``soft_S`` has no part in it."""
+    z_RS, _ = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R)
+    _merge_exponentials(state, z_RS.mT)
+
+
+def _merge_exponentials(state: RowState | ColumnState, z_RS: Tensor) -> None:
     new_R = torch.maximum(state.max, z_RS.amax(1))
     safe_R = torch.where(new_R == float("-inf"), 0.0, new_R)  # a tile of -inf alone
     e_RS = torch.exp(z_RS - safe_R[:, None])
@@ -83,34 +119,36 @@ def tile_stats(
     state.dot.add_(lag_R).mul_(decay_R).add_(torch.where(e_RS == 0, 0.0, e_RS * (z_RS - safe_R[:, None])).sum(1))
     state.sum.mul_(decay_R).add_(e_RS.sum(1))
     state.max.copy_(new_R)
-    if soft_S is not None:
-        soft_RS = soft_S * z_RS
-        state.soft.add_((soft_RS if row_id_R is None else soft_RS.masked_fill(z_RS == float("-inf"), 0.0)).sum(1))
 
 
 def tile_grad(
     dot_RS, out_RS, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0,
-    soft_S=None, e_R=None, h_R=None
+    soft_S=None, margin=0.0, limit_R=None, e_R=None, h_R=None, col_shift_S=None, col_a_S=None
 ):  # fmt: skip
     """The gradient of u: coefficients of a row times what stands in a column, times dz/du.
 
-        out[r, s] = ((a[r] + h[r] (z - shift[r])) exp(z - shift[r]) - b[r] [col0 + s == target[r]] - e[r] soft[s]) dz/du
+        out[r, s] = ((a[r] + h[r] (z - shift[r])) exp(z - shift[r]) + col_a[s] exp(z - col_shift[s])
+                     - b[r] [col0 + s == target[r]] - e[r] soft[s]) dz/du
 
     With ``shift`` the row's maximum and ``a`` divided by the row's sum the first term is a multiple of the softmax,
-    more exact than exp(z - lse). ``e`` serves label smoothing, ``h`` the entropy; None: 0. Rows with a == b == e == 0
-    are zero whatever their logits are. ``out_RS`` may share memory with ``dot_RS``; the target term is subtracted
-    before rounding to its dtype.
+    more exact than exp(z - lse). ``e`` serves label smoothing, ``h`` the entropy, ``col_a`` a softmax over the rows;
+    None: 0. Without ``col_a``, rows with a == b == e == 0 are zero whatever their logits are. ``out_RS`` may share
+    memory with ``dot_RS``; the target term is subtracted before rounding to its dtype.
     """
-    z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap)
+    z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R)
     excess_RS = z_RS - shift_R[:, None]
     exp_RS = torch.exp(excess_RS)
     a_RS = a_R[:, None] if h_R is None else a_R[:, None] + h_R[:, None] * excess_RS
     c_RS = torch.where(exp_RS == 0, 0.0, a_RS * exp_RS) - torch.where(hit_RS, b_R[:, None], 0.0)
     if soft_S is not None:
         c_RS = c_RS - e_R[:, None] * soft_S
+    if col_a_S is not None:
+        c_RS = c_RS + col_a_S * torch.exp(z_RS - col_shift_S)
     if softcap:
         c_RS = c_RS * (1 - (z_RS / softcap) ** 2)
-    if row_id_R is not None:
+    if row_id_R is not None or limit_R is not None:
         c_RS = c_RS.masked_fill(z_RS == float("-inf"), 0.0)  # with a softcap the chain factor is infinite there
-    idle_R = (a_R == 0) & (b_R == 0) if soft_S is None else (a_R == 0) & (b_R == 0) & (e_R == 0)
-    out_RS.copy_(torch.where(idle_R[:, None], 0.0, c_RS))
+    if col_a_S is None:
+        idle_R = (a_R == 0) & (b_R == 0) if soft_S is None else (a_R == 0) & (b_R == 0) & (e_R == 0)
+        c_RS = torch.where(idle_R[:, None], 0.0, c_RS)
+    out_RS.copy_(c_RS)

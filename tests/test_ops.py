@@ -33,21 +33,27 @@ def test_gradcheck(reduction, budget):
 def test_opcheck(backend):
     x, w, b = (torch.randn(*s, requires_grad=True) for s in ((7, 3), (11, 3), (11,)))
     scale, weight = torch.tensor(2.0, requires_grad=True), torch.rand(7, requires_grad=True)
-    target, ids = torch.randint(11, (7,)), torch.randint(5, (11,))
+    target, ids = torch.randperm(11)[:7], torch.randint(5, (11,))
     soft = torch.rand(11)
     x2, w2 = torch.randn(7, 2, requires_grad=True), torch.randn(11, 2, requires_grad=True)
     shared = (scale, b, ids[target], ids, soft, x2, w2, 0.0)
     end = ([True] * 6, 1 << 20, backend, None, False)
     fixed = (scale.detach(), *shared[1:])  # the entropy has no gradient of the scale
-    torch.library.opcheck(ops.nll_stats, (x, w, target, *fixed, None, True, [True] * 5 + [False], *end[1:]))
-    torch.library.opcheck(ops.loss_and_grads, (x, w, target, weight, weight, weight, weight, *shared, None, True, *end))
+    four = (weight, weight, weight, weight)
+    for symmetric in (False, True):
+        options = (None, 0.1, 5.0)  # ignore_index, margin, gap
+        v = weight if symmetric else None
+        arguments = (x, w, target, *fixed, *options, symmetric, True, [True] * 5 + [False], *end[1:])
+        torch.library.opcheck(ops.nll_stats, arguments)
+        torch.library.opcheck(ops.loss_and_grads, (x, w, target, *four, v, *shared, *options, True, *end))
     frozen = ([True] + 5 * [False], 1 << 20, backend, None, False)
-    torch.library.opcheck(ops.loss_and_grads, (x, w.detach(), target, weight.detach(), None, None, None, scale.detach(),
-                                               *6 * [None], 0.0, -100, True, *frozen))  # fmt: skip
-    top = torch.randn(7)
+    torch.library.opcheck(ops.loss_and_grads, (x, w.detach(), target, weight.detach(), *4 * [None], scale.detach(),
+                                               *6 * [None], 0.0, -100, 0.0, None, True, *frozen))  # fmt: skip
+    top, of_columns = torch.randn(7), torch.rand(11)
     x, w, scale, weight, x2, w2 = (t.detach() for t in (x, w, scale, weight, x2, w2))
-    upstream, known = (weight, top, top, top), (weight, top, weight)
-    arguments = (*upstream, *known, x, w, target, scale, None, None, None, soft, x2, w2, 0.0, None, *end)
+    upstream, known = (weight, top, top, top, top), (weight, top, weight, of_columns, of_columns)
+    options = (None, 0.0, None, True)
+    arguments = (*upstream, *known, x, w, target, scale, None, None, None, soft, x2, w2, 0.0, *options, *end)
     torch.library.opcheck(ops.nll_stats_backward, arguments)
     torch.library.opcheck(ops.column_values, (soft, target, None))
 
@@ -163,10 +169,14 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
                                  return_stats=True, **common)  # fmt: skip
             linear_cross_entropy(x, w, target, lora=(x[:4], w[:, :4], 0.5), batch_invariant=True, reduction=reduction,
                                  **common)  # fmt: skip
-            info_nce(x, w, target, candidate_ids=ids, temperature=row[0], reduction=reduction, **common)
+            info_nce(x, w, target, candidate_ids=ids, temperature=row[0], reduction=reduction, symmetric=True,
+                     hard_negatives=x[:, None], candidate_bias=column, sample_weight=row, margin=0.1,
+                     return_stats=True, **common)  # fmt: skip
+            info_nce(x, w, target, candidate_ids=ids, label_smoothing=0.1, reduction=reduction, **common)
+            info_nce(x, w, target, false_negative_margin=0.1, reduction=reduction, **common)
         linear_log_prob(x, w, target, linear_bias=b, temperature=0.7, **common)
         scale = torch.ones((), device="meta")
-        grads = ops.nll_stats_backward(row, row, row, row, row, row, row, x, w, target, scale, column, None, None,
-                                       column, None, None, 0.0, -100, [True] * 3 + [False] * 3, budget, "reference",
-                                       None, False)  # fmt: skip
+        grads = ops.nll_stats_backward(*8 * [row], column, column, x, w, target, scale, column, None, None,
+                                       column, None, None, 0.0, -100, 0.0, None, True, [True] * 3 + [False] * 3, budget,
+                                       "reference", None, False)  # fmt: skip
     assert [g.shape for g in grads[:3]] == [x.shape, w.shape, b.shape]

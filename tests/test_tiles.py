@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from cosup.kernels import native, product_stats, reference
-from cosup.kernels.reference import RowState
+from cosup.kernels.reference import ColumnState, RowState
 from cosup.kernels.tile_grad import tile_grad
-from cosup.kernels.tile_stats import tile_stats
+from cosup.kernels.tile_stats import column_stats, tile_stats
 
 SHAPES = [(1, 1), (3, 16), (5, 130), (7, 2100)]  # one element; aligned; ragged; more than one block of columns
-FEATURES = ["plain", "bias", "ids", "softcap", "soft", "all"]
+FEATURES = ["plain", "bias", "ids", "softcap", "soft", "margin", "limit", "all"]
 
 
 def natives():
@@ -21,14 +21,14 @@ def natives():
 
 @pytest.fixture(params=[*natives(), "triton"])
 def kernels(request):
-    """(tile_stats, tile_grad, device) of one implementation."""
+    """(tile_stats, tile_grad, column_stats, device) of one implementation."""
     if request.param == "triton":
-        return tile_stats, tile_grad, "cuda" if torch.cuda.is_available() else "cpu"
+        return tile_stats, tile_grad, column_stats, "cuda" if torch.cuda.is_available() else "cpu"
 
     def with_isa(kernel):
         return lambda *args: kernel(*args, instruction_set=request.param)
 
-    return with_isa(native.tile_stats), with_isa(native.tile_grad), "cpu"
+    return with_isa(native.tile_stats), with_isa(native.tile_grad), with_isa(native.column_stats), "cpu"
 
 
 def tile(R, S, features, device, col0=40):
@@ -36,12 +36,13 @@ def tile(R, S, features, device, col0=40):
     dot = 5 * torch.randn(R, S + 3, device=device)[:, :S]  # rows are padded
     target = torch.randint(0, 2 * S + 80, (R,), device=device)
     target[0] = col0 + S - 1
-    on = {name: features in (name, "all") for name in ("bias", "ids", "softcap", "soft")}
+    on = {name: features in (name, "all") for name in FEATURES[1:-1]}
     arguments = (
         col0, target, torch.tensor(0.7, device=device), torch.randn(S, device=device) if on["bias"] else None,
         torch.randint(4, (R,), device=device) if on["ids"] else None,
         torch.randint(4, (S,), device=device) if on["ids"] else None, 3.0 if on["softcap"] else 0.0,
-        torch.rand(S, device=device) if on["soft"] else None,
+        torch.rand(S, device=device) if on["soft"] else None, 1.5 if features == "margin" else 0.0,
+        2 * torch.randn(R, device=device) if on["limit"] else None,
     )  # fmt: skip
     return dot, arguments
 
@@ -49,7 +50,7 @@ def tile(R, S, features, device, col0=40):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("features", FEATURES)
 def test_stats_match_the_specification(kernels, shape, features):
-    stats, _, device = kernels
+    stats, *_, device = kernels
     states = []
     for run in (reference.tile_stats, stats):
         torch.manual_seed(1)
@@ -68,19 +69,53 @@ def test_stats_match_the_specification(kernels, shape, features):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("features", FEATURES)
-def test_grad_matches_the_specification(kernels, shape, features):
-    _, grad, device = kernels
+@pytest.mark.parametrize("with_columns", [False, True], ids=["rows", "rows and columns"])
+def test_grad_matches_the_specification(kernels, shape, features, with_columns):
+    _, grad, _, device = kernels
     dot, arguments = tile(*shape, features, device)
     state = RowState.empty(shape[0], dot)
     reference.tile_stats(dot, state, *arguments)
     a, b, e, h = torch.randn(4, shape[0], device=device)
     a[-1] = b[-1] = e[-1] = 0
-    more = (e if arguments[-1] is not None else None, h if features in ("plain", "all") else None)
+    more = (e if features in ("soft", "all") else None, h if features in ("plain", "all") else None)
+    if with_columns:
+        top = ColumnState.empty(shape[1], dot)
+        reference.column_stats(dot, top, *arguments)
+        more = (*more, top.max.clamp(min=-99), torch.rand(shape[1], device=device))
     want = torch.empty_like(dot)
     reference.tile_grad(dot, want, state.lse(), a, b, *arguments, *more)
     grad(dot, dot, state.lse(), a, b, *arguments, *more)  # in place
     torch.testing.assert_close(dot, want, rtol=1e-5, atol=1e-6)
-    assert (dot[-1] == 0).all() or shape[0] == 1
+    assert (dot[-1] == 0).all() or shape[0] == 1 or with_columns
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (100, 37)], ids=str)
+@pytest.mark.parametrize("features", FEATURES)
+def test_column_stats_match_the_specification(kernels, shape, features):
+    *_, columns, device = kernels
+    states = []
+    for run in (reference.column_stats, columns):
+        torch.manual_seed(1)
+        state = ColumnState.empty(shape[1], torch.empty(0, device=device))
+        for _ in range(2):  # two tiles, one above the other
+            run(tile(*shape, features, device)[0], state, *tile(*shape, features, device)[1])
+        states.append(state)
+    for name, want, got in zip(ColumnState._fields, *states, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_column_specification_is_the_softmax():
+    dot, (col0, target, scale, *_) = tile(50, 30, "plain", "cpu")
+    state = ColumnState.empty(30, dot)
+    reference.column_stats(dot, state, col0, target, scale)
+    z = (scale * dot).double()
+    p = z.softmax(0)
+    torch.testing.assert_close((state.max + state.sum.log()).double(), z.logsumexp(0))
+    entropy = (state.sum.log() - state.dot / state.sum).double()
+    torch.testing.assert_close(entropy, -(p * p.log()).sum(0), rtol=1e-5, atol=1e-5)
+    out, none = torch.empty_like(dot), torch.zeros(50)
+    reference.tile_grad(dot, out, none, none, none, col0, target, scale, col_shift_S=state.max, col_a_S=1 / state.sum)
+    torch.testing.assert_close(out.double(), p, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -104,7 +139,7 @@ def test_specification_is_the_softmax(shape):
 
 
 def test_equal_logits_are_not_above(kernels):
-    stats, _, device = kernels
+    stats, *_, device = kernels
     dot = torch.tensor([[1.0, 2.0, 2.0, 3.0, 3.0]], device=device)
     for target, above in ((0, 4), (1, 2), (3, 0)):
         state = RowState.empty(1, dot)
@@ -114,7 +149,7 @@ def test_equal_logits_are_not_above(kernels):
 
 def test_masked_tile_and_nan_row(kernels):
     """A tile of masked columns leaves the statistic as it was; a NaN stays in its row."""
-    stats, grad, device = kernels
+    stats, grad, _, device = kernels
     dot = torch.randn(3, 20, device=device)
     dot[1, 4] = float("nan")
     target = torch.tensor([50, 2, 3], device=device)
@@ -146,7 +181,7 @@ def test_triton_narrows_in_place(dtype, device):
 
 @pytest.mark.parametrize("blocks", [(16, 32, 16, 2, 4, 2), None], ids=["small tiles", "own tiles"])
 @pytest.mark.parametrize("layout", ["dense", "odd stride", "columns first"])
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("features", [f for f in FEATURES if f not in ("margin", "limit")])
 def test_merged_products_are_as_a_tile(features, layout, blocks, device, monkeypatch):
     """Products merged as they are made, against the same as a tile: two slabs of several tiles, the last ragged."""
     R, S, D = 55, 83, 40
@@ -158,7 +193,7 @@ def test_merged_products_are_as_a_tile(features, layout, blocks, device, monkeyp
         x, w = (torch.randn(n, D + 1, device=device).half()[:, 1:] for n in (R, 2 * S))
     elif layout == "columns first":
         x, w = (t.mT.contiguous().mT for t in (x, w))
-    _, (col0, target, scale, bias, row_id, col_id, softcap, soft) = tile(R, 2 * S, features, device)
+    _, (col0, target, scale, bias, row_id, col_id, softcap, soft, *_) = tile(R, 2 * S, features, device)
     dot = x.float() @ w.float().mT
     want, got = (RowState.empty(R, dot) for _ in range(2))
     rank = features in ("plain", "all")

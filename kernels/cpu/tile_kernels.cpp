@@ -1,6 +1,6 @@
-// The two tile kernels for CPUs: kernels/reference.py says what each computes and what every argument means.
+// The tile kernels for CPUs: kernels/reference.py says what each computes and what every argument means.
 //
-// One thread owns one row. The loops are plain C++ without branches, so that the compiler turns them into the vector
+// One thread owns one row, or a run of columns for their statistic. The loops are plain C++ without branches, so that the compiler turns them into the vector
 // instructions of whatever this file is compiled for; CMakeLists.txt compiles it once per instruction set, with ISA
 // naming the copy. A null pointer stands for an absent bias or absent ids, softcap = 0 for none.
 #include <algorithm>
@@ -69,11 +69,17 @@ struct Features {  // what turns an inner product into a logit
   const int64_t* col_id;
   const float* soft;  // column weights of the soft targets
   float scale, softcap;
+  float margin;  // of the target's logit
 };
 
-// Logits of a run of columns of one row. The target is exempt from the id mask; its caller restores it.
+struct Row {  // what masks columns of a row, the target excepted
+  const int64_t* id;
+  const float* limit;
+};
+
+// Logits of a run of columns of one row. The target is exempt from masks and has a margin; its caller restores it.
 template <bool CAP>
-inline void run_logits(const float* dot, int64_t first, int64_t n, const Features& f, const int64_t* row_id, float* z) {
+inline void run_logits(const float* dot, int64_t first, int64_t n, const Features& f, Row row, float* z) {
   const float scale = f.scale;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) z[j] = dot[first + j] * scale;
@@ -87,8 +93,13 @@ inline void run_logits(const float* dot, int64_t first, int64_t n, const Feature
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) z[j] = cap * fast_tanh(z[j] * inverse);
   }
-  if (row_id) {
-    const int64_t id = *row_id;
+  if (row.limit) {
+    const float limit = *row.limit;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) z[j] = z[j] > limit ? -INF : z[j];
+  }
+  if (row.id) {
+    const int64_t id = *row.id;
     const int64_t* col_id = f.col_id + first;
     for (int64_t j = 0; j < n; ++j) z[j] = col_id[j] == id ? -INF : z[j];
   }
@@ -97,24 +108,25 @@ inline void run_logits(const float* dot, int64_t first, int64_t n, const Feature
 template <bool CAP>
 float one_logit(const float* dot, int64_t at, const Features& f) {
   float z;
-  run_logits<CAP>(dot, at, 1, f, nullptr, &z);
+  run_logits<CAP>(dot, at, 1, f, {}, &z);
   return z;
 }
 
 template <bool CAP>
-void stats_row(const float* dot, int64_t S, int64_t own, const Features& f, const int64_t* row_id, float& max_state,
+void stats_row(const float* dot, int64_t S, int64_t own, const Features& f, Row row, float& max_state,
                float& sum_state, float& dot_state, float& target_state, float& soft_state, int32_t& above_state) {
   const bool mine = own >= 0 && own < S;
   if (mine) target_state = one_logit<CAP>(dot, own, f);
   const float threshold = target_state;
+  const bool masks = row.id || row.limit;
   float z[CHUNK];
   float top = max_state;
   double sum = sum_state, edot = dot_state, soft = soft_state;
   int64_t above = above_state;
   for (int64_t first = 0; first < S; first += CHUNK) {
     const int64_t n = std::min(CHUNK, S - first);
-    run_logits<CAP>(dot, first, n, f, row_id, z);
-    if (mine && own >= first && own < first + n) z[own - first] = target_state;
+    run_logits<CAP>(dot, first, n, f, row, z);
+    if (mine && own >= first && own < first + n) z[own - first] = target_state - f.margin;
     float chunk_top = -INF;
     int32_t chunk_above = 0;
 #pragma omp simd reduction(max : chunk_top) reduction(+ : chunk_above)
@@ -143,7 +155,7 @@ void stats_row(const float* dot, int64_t S, int64_t own, const Features& f, cons
     if (f.soft) {
       float chunk_soft = 0.f;
 #pragma omp simd reduction(+ : chunk_soft)
-      for (int64_t j = 0; j < n; ++j) chunk_soft += row_id && z[j] == -INF ? 0.f : f.soft[first + j] * z[j];
+      for (int64_t j = 0; j < n; ++j) chunk_soft += masks && z[j] == -INF ? 0.f : f.soft[first + j] * z[j];
       soft += chunk_soft;
     }
     top = next;
@@ -156,30 +168,36 @@ void stats_row(const float* dot, int64_t S, int64_t own, const Features& f, cons
 }
 
 template <bool CAP>
-void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Features& f, const int64_t* row_id, float shift,
-              float a, float b, float e, float h) {
-  if (a == 0.f && b == 0.f && e == 0.f) {
+void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Features& f, Row row, float shift, float a,
+              float b, float e, float h, const float* col_shift, const float* col_a) {
+  if (a == 0.f && b == 0.f && e == 0.f && !col_a) {
     std::fill(out, out + S, 0.f);
     return;
   }
   const bool mine = own >= 0 && own < S;
   const float target_logit = mine ? one_logit<CAP>(dot, own, f) : 0.f;  // read before `out`, which may be `dot`, is written
+  const bool masks = row.id || row.limit;
   float z[CHUNK];
   const float inverse = CAP ? 1.f / f.softcap : 0.f;
   for (int64_t first = 0; first < S; first += CHUNK) {
     const int64_t n = std::min(CHUNK, S - first);
-    run_logits<CAP>(dot, first, n, f, row_id, z);
-    if (mine && own >= first && own < first + n) z[own - first] = target_logit;
+    run_logits<CAP>(dot, first, n, f, row, z);
+    if (mine && own >= first && own < first + n) z[own - first] = target_logit - f.margin;
     float* c = out + first;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       const float p = fast_exp(z[j] - shift);
       c[j] = p == 0.f ? 0.f : (a + h * (z[j] - shift)) * p;
     }
+    if (col_a) {
+      const float *shifts = col_shift + first, *weights = col_a + first;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) c[j] += weights[j] * fast_exp(z[j] - shifts[j]);
+    }
     if (f.soft) {
       const float* soft = f.soft + first;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) c[j] -= row_id && z[j] == -INF ? 0.f : e * soft[j];
+      for (int64_t j = 0; j < n; ++j) c[j] -= masks && z[j] == -INF ? 0.f : e * soft[j];
     }
     if (mine && own >= first && own < first + n) c[own - first] -= b;
     if (CAP) {
@@ -192,19 +210,64 @@ void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Featur
   }
 }
 
+// Merge n <= CHUNK columns of a tile into their running statistic, ROWS rows at a time: those stay in the cache.
+constexpr int64_t ROWS = 32;
+
+template <bool CAP>
+void stats_columns(const float* dot, int64_t R, int64_t stride, int64_t first, int64_t n, int64_t col0, const int64_t* target,
+                   const Features& f, const int64_t* row_id, const float* limit, float* max_state, float* sum_state,
+                   float* dot_state) {
+  float z[ROWS][CHUNK], top[CHUNK], chunk_sum[CHUNK], chunk_dot[CHUNK];
+  double sum[CHUNK], edot[CHUNK];
+  for (int64_t j = 0; j < n; ++j) sum[j] = sum_state[j], edot[j] = dot_state[j];
+  for (int64_t start = 0; start < R; start += ROWS) {
+    const int64_t rows = std::min(ROWS, R - start);
+    std::copy(max_state, max_state + n, top);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t r = start + i, own = target[r] - col0;
+      run_logits<CAP>(dot + r * stride, first, n, f, {row_id ? row_id + r : nullptr, limit ? limit + r : nullptr}, z[i]);
+      if (own >= first && own < first + n) z[i][own - first] = one_logit<CAP>(dot + r * stride, own, f) - f.margin;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) top[j] = z[i][j] > top[j] ? z[i][j] : top[j];
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      if (top[j] > max_state[j]) {
+        const double lag = max_state[j] == -INF ? 0. : double(max_state[j]) - double(top[j]);
+        const double decay = max_state[j] == -INF ? 0. : std::exp(lag);
+        edot[j] = (edot[j] + sum[j] * lag) * decay;
+        sum[j] *= decay;
+        max_state[j] = top[j];
+      }
+      top[j] = top[j] == -INF ? 0.f : top[j];
+      chunk_sum[j] = chunk_dot[j] = 0.f;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) {
+        const float e = fast_exp(z[i][j] - top[j]);
+        chunk_sum[j] += e;
+        chunk_dot[j] += e == 0.f ? 0.f : e * (z[i][j] - top[j]);
+      }
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) sum[j] += chunk_sum[j], edot[j] += chunk_dot[j];
+  }
+  for (int64_t j = 0; j < n; ++j) sum_state[j] = float(sum[j]), dot_state[j] = float(edot[j]);
+}
+
 }  // namespace
 
 EXPORT void NAME(cosup_tile_stats, ISA)(const float* dot, int64_t R, int64_t S, int64_t stride, float* max, float* sum,
                                         float* edot, float* target_logit, float* softdot, int32_t* above, int64_t col0,
                                         const int64_t* target, const float* scale, const float* bias,
                                         const int64_t* row_id, const int64_t* col_id, float softcap, const float* soft,
-                                        int threads) {
-  const Features f{bias, col_id, soft, *scale, softcap};
+                                        float margin, const float* limit, int threads) {
+  const Features f{bias, col_id, soft, *scale, softcap, margin * *scale};
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t r = 0; r < R; ++r) {
     auto* row = softcap != 0.f ? stats_row<true> : stats_row<false>;
-    row(dot + r * stride, S, target[r] - col0, f, row_id ? row_id + r : nullptr, max[r], sum[r], edot[r],
-        target_logit[r], softdot[r], above[r]);
+    row(dot + r * stride, S, target[r] - col0, f, {row_id ? row_id + r : nullptr, limit ? limit + r : nullptr}, max[r],
+        sum[r], edot[r], target_logit[r], softdot[r], above[r]);
   }
 }
 
@@ -212,12 +275,27 @@ EXPORT void NAME(cosup_tile_grad, ISA)(const float* dot, float* out, int64_t R, 
                                        const float* shift, const float* a, const float* b, int64_t col0,
                                        const int64_t* target, const float* scale, const float* bias,
                                        const int64_t* row_id, const int64_t* col_id, float softcap, const float* soft,
-                                       const float* e, const float* h, int threads) {
-  const Features f{bias, col_id, soft, *scale, softcap};
+                                       float margin, const float* limit, const float* e, const float* h,
+                                       const float* col_shift, const float* col_a, int threads) {
+  const Features f{bias, col_id, soft, *scale, softcap, margin * *scale};
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t r = 0; r < R; ++r) {
     auto* row = softcap != 0.f ? grad_row<true> : grad_row<false>;
-    row(dot + r * stride, out + r * stride, S, target[r] - col0, f, row_id ? row_id + r : nullptr, shift[r], a[r], b[r],
-        e ? e[r] : 0.f, h ? h[r] : 0.f);
+    row(dot + r * stride, out + r * stride, S, target[r] - col0, f,
+        {row_id ? row_id + r : nullptr, limit ? limit + r : nullptr}, shift[r], a[r], b[r], e ? e[r] : 0.f,
+        h ? h[r] : 0.f, col_shift, col_a);
+  }
+}
+
+EXPORT void NAME(cosup_column_stats, ISA)(const float* dot, int64_t R, int64_t S, int64_t stride, float* max, float* sum,
+                                          float* edot, int64_t col0, const int64_t* target, const float* scale,
+                                          const float* bias, const int64_t* row_id, const int64_t* col_id, float softcap,
+                                          float margin, const float* limit, int threads) {
+  const Features f{bias, col_id, nullptr, *scale, softcap, margin * *scale};
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t first = 0; first < S; first += CHUNK) {
+    auto* columns = softcap != 0.f ? stats_columns<true> : stats_columns<false>;
+    columns(dot, R, stride, first, std::min(CHUNK, S - first), col0, target, f, row_id, limit, max + first, sum + first,
+            edot + first);
   }
 }

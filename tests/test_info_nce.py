@@ -1,0 +1,155 @@
+"""info_nce's features against float64, and against the losses that people come from."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_losses import DTYPES, check
+
+from cosup import info_nce
+from cosup.plan import Strategy, plan, used
+from cosup.walk import cost, resolve
+
+N, M, D = 65, 130, 33
+
+
+@pytest.fixture(autouse=True)
+def narrow_slabs(monkeypatch):
+    """Small tables fit one slab and one strip whole; the tests want several of each."""
+    monkeypatch.setattr("cosup.walk.LEAST_ROWS", {"cpu": 20, "cuda": 20})
+    monkeypatch.setattr("cosup.plan.SLAB_HEIGHT", 1)
+    monkeypatch.setattr("cosup.walk.STRIP", 256)
+
+
+def workspace(strategy, query, symmetric):
+    """A budget for all logits at once, for blocks of whole rows, or for slabs of columns."""
+    c = cost(query, resolve("auto", query), gathered=False, symmetric=symmetric)
+    rows, cols = {"one block": (N, M), "row blocks": (33, M), "slabs": (16, 48)}[strategy]
+    c = c._replace(strip=c.strip and 16)
+    budget = used(N, M, rows, cols, c, True) + (0 if strategy == "one block" else 64 * c.tile)
+    p = plan(N, M, c, grads=True, weights_known=True, workspace_bytes=budget)
+    in_forward = strategy == "one block" or (strategy == "row blocks" and not symmetric)
+    assert (p.strategy is Strategy.GRADS_IN_FORWARD) == in_forward
+    assert (p.block_cols < M) == (strategy == "slabs") and (p.block_rows < N) == (strategy != "one block")
+    return budget
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+FEATURES = {
+    "plain": {},
+    "symmetric": {"symmetric": True},
+    "ids": {"candidate_ids": torch.randint(40, (M,), generator=GENERATOR)},
+    "candidate bias": {"candidate_bias": torch.randn(M, generator=GENERATOR)},
+    "sample weight": {"sample_weight": torch.rand(N, generator=GENERATOR)},
+    "margin": {"margin": 0.2},
+    "false negatives": {"false_negative_margin": 0.1},
+    "label smoothing": {"label_smoothing": 0.2},
+    "hard negatives": {"hard_negatives": torch.randn(N, 3, D, generator=GENERATOR)},
+}
+FEATURES["symmetric, ids"] = FEATURES["symmetric"] | FEATURES["ids"]
+FEATURES["smoothing, ids"] = FEATURES["label smoothing"] | FEATURES["ids"]
+FEATURES["all"] = {k: v for options in FEATURES.values() for k, v in options.items() if k != "false_negative_margin"}
+FEATURES["all, false negatives"] = FEATURES["all"] | {"false_negative_margin": 0.1, "label_smoothing": 0.0}
+
+
+def formula(query, candidates, temperature, target, *, normalize=True, reduction="mean", hard_negatives=None,
+            symmetric=False, candidate_ids=None, candidate_bias=None, sample_weight=None, margin=0.0,
+            false_negative_margin=None, label_smoothing=0.0):  # fmt: skip
+    """The docstring of info_nce, in PyTorch."""
+    if normalize:
+        query, candidates = F.normalize(query, dim=1), F.normalize(candidates, dim=1)
+    n = torch.arange(len(query), device=query.device)
+    hit = torch.zeros(len(query), len(candidates), dtype=torch.bool, device=query.device)
+    hit[n, target] = True
+    similarity = query @ candidates.mT
+    z = (similarity - margin * hit) / temperature
+    if candidate_bias is not None:
+        z = z + candidate_bias
+    out = torch.zeros_like(hit)
+    if candidate_ids is not None:
+        out |= candidate_ids == candidate_ids[target][:, None]
+    if false_negative_margin is not None:
+        bias = 0 if candidate_bias is None else candidate_bias
+        raw = similarity / temperature + bias
+        out |= raw > raw[n, target][:, None] + false_negative_margin / temperature
+    z = z.masked_fill(out & ~hit, float("-inf"))
+    row = z
+    if hard_negatives is not None:
+        hard = F.normalize(hard_negatives, dim=2) if normalize else hard_negatives
+        row = torch.cat([z, torch.einsum("nd,nhd->nh", query, hard.to(query.dtype)) / temperature], 1)
+    kept = ~(out & ~hit)
+    spread = (row.logsumexp(1, keepdim=True) - z).masked_fill(~kept, 0.0).sum(1) / kept.sum(1)
+    loss = (1 - label_smoothing) * (row.logsumexp(1) - z[n, target]) + label_smoothing * spread
+    if symmetric:
+        loss = (loss + F.cross_entropy(z.mT[target], n, reduction="none")) / 2
+    weight = torch.ones_like(loss) if sample_weight is None else sample_weight.to(loss.dtype)
+    loss = loss * weight
+    return loss if reduction == "none" else loss.sum() / weight.sum()
+
+
+def problem(dtype, device):
+    query, candidates = torch.randn(N, D, device=device).to(dtype), torch.randn(M, D, device=device).to(dtype)
+    target = torch.randperm(M, device=device)[:N]
+    candidates[target[: N // 2]] += query[: N // 2]  # half of the queries know their answer
+    return query, candidates, target
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", ["one block", "row blocks", "slabs"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_error_of_every_feature(feature, reduction, strategy, dtype, device):
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in FEATURES[feature].items()}
+    query, candidates, target = problem(dtype, device)
+    inputs = [query, candidates, torch.tensor(0.3, dtype=dtype, device=device)]
+    names = [name for name in ("candidate_bias", "hard_negatives") if name in options]
+    inputs += [options.pop(name).to(dtype) for name in names]
+    budget = workspace(strategy, query, options.get("symmetric", False))
+
+    def run(loss, query, candidates, temperature, *others, **more):
+        given = dict(zip(names, others, strict=True))
+        return loss(query, candidates, target, temperature=temperature, reduction=reduction, **options, **given, **more)
+
+    check(lambda *t: run(info_nce, *t, workspace_bytes=budget),
+          lambda *t: run(lambda q, c, target, *, temperature, **o: formula(q, c, temperature, target, **o), *t),
+          inputs)  # fmt: skip
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("budget", [None, 4000], ids=["whole rows", "slabs"])
+def test_gradcheck(budget, symmetric):
+    """Of every continuous argument."""
+    q, c, h, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 2), (9, 2), (5, 2, 2), (9,)))
+    temperature, weight = (torch.rand(s, dtype=torch.float64).requires_grad_() for s in ((), (5,)))
+    ids, target = torch.randint(6, (9,)), torch.randperm(9)[:5]
+    for hard in (None, h):
+        def loss(q, c, t, b, weight, *hard):
+            return info_nce(q, c, target, temperature=t, candidate_bias=b, sample_weight=weight, margin=0.1,
+                            hard_negatives=hard[0] if hard else None, symmetric=symmetric, candidate_ids=ids,
+                            label_smoothing=0.1, workspace_bytes=budget)  # fmt: skip
+
+        inputs = (q, c, temperature, b, weight, *([] if hard is None else [hard]))
+        assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("hard", [None, 3])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_stats(symmetric, hard, device):
+    query, candidates, target = problem(torch.float32, device)
+    hard = None if hard is None else torch.randn(N, hard, D, device=device)
+    options = {"temperature": 0.3, "symmetric": symmetric, "margin": 0.2, "hard_negatives": hard}
+    _, stats = info_nce(query, candidates, target, return_stats=True, **options)
+    _, by_slabs = info_nce(query, candidates, target, return_stats=True, workspace_bytes=20_000, **options)
+    q, c = (F.normalize(t.double(), dim=1) for t in (query, candidates))
+    z = q @ c.mT / 0.3
+    if hard is not None:
+        z = torch.cat([z, torch.einsum("nd,nhd->nh", q, F.normalize(hard.double(), dim=2)) / 0.3], 1)
+    own = z.gather(1, target[:, None])
+    above = (z > own).sum(1)
+    lowered = z.scatter(1, target[:, None], own - 0.2 / 0.3)
+    log_p = lowered.log_softmax(1)
+    for found in (stats, by_slabs):
+        assert torch.equal(found.rank, above + 1) and torch.equal(found.top1, above == 0) and found.top1.any()
+        for got, want in ((found.nll, -log_p.gather(1, target[:, None])[:, 0]), (found.lse, lowered.logsumexp(1)),
+                          (found.entropy, -(log_p.exp() * log_p).sum(1))):  # fmt: skip
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.log_prob, -found.nll)

@@ -11,7 +11,8 @@ Source: Gao et al. 2021, arXiv:2101.06983 (GradCache).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -43,3 +44,21 @@ def cached_encode(encode: Callable[[Batch], Tensor], micro_batches: Iterable[Bat
     if not vectors:
         raise ValueError("micro_batches: wanted at least one, got none")
     return torch.cat(vectors)
+
+
+class RandomState:
+    """The generators of the CPU and of ``device`` as they are now, for a second pass that draws what a first drew."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw from there; afterwards the generators are as they were before."""
+        with torch.random.fork_rng(devices=[] if self.cuda is None else [self.device]):
+            torch.set_rng_state(self.cpu)
+            if self.cuda is not None:
+                torch.cuda.set_rng_state(self.cuda, self.device)
+            yield

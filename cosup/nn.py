@@ -1,13 +1,17 @@
-"""The losses as modules: the same arguments, options at construction."""
+"""The losses as modules: the same arguments, options at construction; and a queue of candidates for them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cosup.losses import CoSupervisionOutput, co_supervision_loss, info_nce, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -75,3 +79,87 @@ class CoSupervisionLoss(nn.Module):
                 candidate_ids: Tensor | None = None) -> CoSupervisionOutput:  # fmt: skip
         return co_supervision_loss(hidden, linear_weight, labels, query, candidates, target, linear_bias=linear_bias,
                                    candidate_ids=candidate_ids, **self.options)  # fmt: skip
+
+
+class CandidateQueue(nn.Module):
+    """The last ``size`` candidate vectors and their ids, first in, first out: negatives that cost no encoding.
+
+        past, past_ids = queue.candidates()
+        loss = info_nce(query, torch.cat([passages, past]), target, candidate_ids=torch.cat([ids, past_ids]))
+        queue.enqueue(passages, ids)
+
+    They are of earlier weights and have no gradient. Vectors, ids and the place of the next are in ``state_dict``.
+
+    Args:
+        size: Most vectors held.
+        width: D.
+        process_group: Each ``enqueue`` takes in the vectors of all ranks, in rank order, as many as each has: the
+            queue is the same on every rank. All ranks make the same calls.
+        device, dtype: Of the vectors held.
+
+    Raises:
+        ValueError: A size or width below 1.
+
+    Source: Wang et al. 2020, arXiv:1912.06798 (cross-batch memory).
+    """
+
+    vectors: Tensor  # [size, D], those of ids -1 are empty
+    ids: Tensor  # [size] int64
+
+    def __init__(self, size: int, width: int, *, process_group: ProcessGroup | None = None, device=None, dtype=None):
+        super().__init__()
+        for name, value in (("size", size), ("width", width)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.register_buffer("vectors", torch.zeros(size, width, device=device, dtype=dtype))
+        self.register_buffer("ids", torch.full((size,), -1, device=device))
+        self.process_group = process_group
+        self.enqueued = 0  # ever; vector number i is in row i % size
+
+    def candidates(self) -> tuple[Tensor, Tensor]:
+        """Vectors [K, D] and ids [K] of those held, K <= size. They are views, which the next ``enqueue`` changes."""
+        held = min(self.enqueued, len(self.ids))
+        return self.vectors[:held], self.ids[:held]
+
+    @torch.no_grad()
+    def enqueue(self, vectors: Tensor, ids: Tensor) -> None:
+        """Take in vectors [n, D] and their ids [n] int64 in place of the oldest; of more than size the last stay.
+
+        Raises:
+            ValueError: Another shape, dtype or device, named with what was wanted and what came.
+        """
+        size, width = self.vectors.shape
+        if vectors.ndim != 2 or vectors.shape[1] != width or not vectors.is_floating_point():
+            raise ValueError(f"vectors must be floating [n, {width}], got {vectors.dtype} {[*vectors.shape]}")
+        if ids.shape != vectors.shape[:1] or ids.dtype != torch.int64:
+            raise ValueError(f"ids must be int64 [{len(vectors)}], got {ids.dtype} {[*ids.shape]}")
+        if {vectors.device, ids.device} != {self.ids.device}:
+            raise ValueError(f"want vectors and ids on {self.ids.device}, got {vectors.device} and {ids.device}")
+        vectors = vectors.to(self.vectors.dtype)
+        if self.process_group is not None:
+            vectors, ids = _of_all_ranks(self.process_group, vectors, ids)
+        self.enqueued += len(ids)
+        vectors, ids = vectors[-size:], ids[-size:]
+        rows = torch.arange(self.enqueued - len(ids), self.enqueued, device=ids.device) % size
+        self.vectors[rows], self.ids[rows] = vectors, ids
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.enqueued)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.enqueued = int(state)
+
+
+def _of_all_ranks(group: ProcessGroup, *tensors: Tensor) -> list[Tensor]:
+    """Each tensor's rows of all ranks, in rank order; the tensors have equally many here, ranks may not."""
+    here = torch.tensor([len(tensors[0])], device=tensors[0].device)
+    counts = [torch.empty_like(here) for _ in range(group.size())]
+    dist.all_gather(counts, here, group)
+    most, gathered = max(map(int, counts)), []
+    for tensor in tensors:
+        padded = tensor.new_zeros(most, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group)
+        gathered.append(torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]))
+    return gathered

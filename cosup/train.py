@@ -3,11 +3,13 @@
     L = L_NTP / (targets of the accumulated batch) + nsp_weight * L_NSP / (queries of the accumulated batch)
 
 so gradient accumulation gives the NTP gradient of one large batch. It does not give its negatives: each query sees the
-candidates of its own micro-batch only. Single process: CPU or one GPU.
+candidates of its own batch only. `micro_batch_size` does: a large batch, all its negatives, the gradients of the whole,
+in the memory of a micro-batch (cosup.gradcache). Single process: CPU or one GPU.
 """
 
 import argparse
 import json
+import random
 import resource
 import sys
 import time
@@ -19,15 +21,19 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from cosup.data.collate import micro_batches
 from cosup.data.schema import Instance, Passage, read_instances, read_passages
+from cosup.gradcache import RandomState
 from cosup.losses import CoSupervisionOutput, co_supervision_loss
-from cosup.model import GenCtxConfig, GenCtxModel, Mode, Pooling
+from cosup.model import GenCtxConfig, GenCtxModel, GenCtxOutput, Mode, Pooling
+from cosup.nn import CandidateQueue
 
-_STATE, _INTERVAL = "trainer_state.json", "cosup_interval.json"
+_STATE, _INTERVAL, _QUEUE = "trainer_state.json", "cosup_interval.json", "cosup_queue.safetensors"
 _SUMS = ("loss", "ntp_loss", "nsp_loss", "hits", "queries", "tokens")  # over the batches since the last log
 
 
@@ -61,6 +67,19 @@ class CoSupConfig(TrainingArguments):
     unique_passages: bool | None = _choice("A passage that comes twice in a batch is one candidate.")
     max_length: int | None = _choice("Most tokens of a Gen row.")
     max_passage_length: int | None = _choice("Most tokens of a passage.")
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Instances that go through Gen and Ctx at once: a large batch in little memory, for one more "
+            "forward pass. None: the whole batch."
+        },
+    )
+    queue_size: int = field(
+        default=0, metadata={"help": "So many passage vectors of earlier batches are candidates too, without gradient."}
+    )
+    extra_passages: int = field(
+        default=0, metadata={"help": "So many passages, drawn for each batch, are candidates too, without gradient."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (or this share of all)."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and infinite losses in the log."})
 
@@ -68,6 +87,11 @@ class CoSupConfig(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to pin for
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size: wanted at least 1 or None, got {self.micro_batch_size}")
+        for name in ("queue_size", "extra_passages"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: wanted at least 0, got {getattr(self, name)}")
         self.model_config()  # a wrong choice is told now, not after the models are loaded
 
     def model_config(self) -> GenCtxConfig:
@@ -115,7 +139,7 @@ class CoSupTrainer(Trainer):
 
     Logged beside transformers' own, over the steps since the last log:
         loss, ntp_loss, nsp_loss   mean over the steps; loss = ntp_loss + nsp_weight * nsp_loss in mode "joint"
-        retrieval_accuracy         share of queries whose passage comes first among the candidates of its batch
+        retrieval_accuracy         share of queries whose passage comes first among all candidates of its batch
         tokens_per_second          real tokens (no padding) of Gen and Ctx rows; logging, saving, evaluation not timed
         peak_memory_MB             most memory so far: allocated on the GPU, or resident on the CPU
 
@@ -124,7 +148,7 @@ class CoSupTrainer(Trainer):
         args: `CoSupConfig` or plain TrainingArguments.
         train_dataset, eval_dataset: instances. passages: all that they name, by id.
 
-    Raises ValueError for no instances, several processes, and label smoothing.
+    Raises ValueError for no instances, several processes, label smoothing, and micro-batches in mode "ntp".
     """
 
     model: GenCtxModel
@@ -159,11 +183,21 @@ class CoSupTrainer(Trainer):
             optimizers=optimizers,
         )
         self._reset_interval()
+        self._micro_batch_size: int | None = getattr(args, "micro_batch_size", None)
+        contrasts = model.config.mode != "ntp"
+        if self._micro_batch_size is not None and not contrasts:
+            raise ValueError("micro_batch_size: wanted None in mode 'ntp' (gradient_accumulation_steps does the same)")
+        self._passage_ids = list(passages)
+        self._extra_passages = getattr(args, "extra_passages", 0) if contrasts else 0
+        size = getattr(args, "queue_size", 0) if contrasts else 0
+        width = model.lm_head[0].shape[1]
+        self.queue = CandidateQueue(size, width, device=args.device) if size else None
         self.model_accepts_loss_kwargs = True  # compute_loss normalises by the whole accumulated batch
         if args.gradient_accumulation_steps > 1 and model.config.mode != "ntp":
             warnings.warn(
                 f"negatives do not accumulate: with {args.gradient_accumulation_steps} accumulation steps each query "
-                f"still sees the candidates of its own {args.per_device_train_batch_size} instances only",
+                f"still sees the candidates of its own {args.per_device_train_batch_size} instances only; a larger "
+                "per_device_train_batch_size with micro_batch_size takes no more memory, and gives them all",
                 stacklevel=2,
             )
 
@@ -223,8 +257,22 @@ class CoSupTrainer(Trainer):
         for batch in batches:
             counts[0] += (batch["labels"][:, 1:] != -100).sum()
             counts[1] += len(batch["query_index"])
+        if self._extra_passages:
+            batches = [batch | self._draw(batch, place) for place, batch in enumerate(batches)]
         self._steps += 1
         return batches, counts
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        if self._micro_batch_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        set_training = getattr(self.optimizer, "train", None)
+        if callable(set_training):
+            set_training()  # as optimizers without a schedule want it
+        inputs = self._needed(self._prepare_inputs(inputs))
+        output = self._cached_step(model, inputs, num_items_in_batch)
+        self._record(output, inputs)
+        return output.loss
 
     def compute_loss(
         self,
@@ -236,9 +284,7 @@ class CoSupTrainer(Trainer):
         inputs = self._needed(inputs)
         output = self._losses(model, inputs, num_items_in_batch)
         if model.training:
-            tokens = inputs["attention_mask"].sum() + inputs["passage_attention_mask"].sum()
-            hits, queries = _hits(output), output.nsp_count
-            self._add(self._sums, output.loss, output.ntp_loss, output.nsp_loss, hits, queries, tokens)
+            self._record(output, inputs)
         return (output.loss, output) if return_outputs else output.loss
 
     def evaluate(
@@ -290,28 +336,89 @@ class CoSupTrainer(Trainer):
         return {**inputs, **{name: inputs[name][:0] for name in unused}}  # Ctx has no part in it
 
     def _losses(self, model: nn.Module, inputs: dict[str, Tensor], counts: Tensor | None = None) -> CoSupervisionOutput:
+        further = self._further(inputs) if model.training else None
+        with self.accelerator.autocast():
+            output = self._forward(model, inputs)
+            losses = self._loss(output, inputs, self.model.config.mode, counts, further)
+        if model.training:
+            self._enqueue(output.passages, inputs)
+        return losses
+
+    def _cached_step(self, model: nn.Module, batch: dict[str, Tensor], counts: Tensor | None) -> CoSupervisionOutput:
+        """Loss and gradients of a batch in the memory of a micro-batch.
+
+        First pass, without a graph: queries and passages. One NSP loss over all of them gives their gradients.
+        Second pass, with the same dropout: backward of each micro-batch's NTP loss and those gradients.
+        """
+        assert self._micro_batch_size is not None
+        parts = micro_batches(batch, self._micro_batch_size)
+        states, vectors = [], []
+        with torch.no_grad():
+            further = self._further(batch)
+            for part in parts:
+                states.append(RandomState(self.args.device))
+                output = self._forward(model, part)
+                vectors.append((output.query, output.passages))
+        query, passages = (torch.cat(part).requires_grad_() for part in zip(*vectors, strict=True))
+        self._enqueue(passages, batch)
+        no_row = {"labels": batch["labels"][:0, :1]}
+        total = self._loss(GenCtxOutput(query[:0, None], query, passages), batch | no_row, "nsp", counts, further)
+        self.accelerator.backward(total.loss)
+
+        no_query = {name: batch[name][:0] for name in ("query_target", "candidate_ids")}
+        rest: Mode = "nsp" if self.model.config.mode == "nsp" else "ntp"  # "nsp" without queries: nothing
+        scaler = self.accelerator.scaler  # of float16; the gradients of the vectors are scaled already
+        assert query.grad is not None and passages.grad is not None
+        dqueries = query.grad.split([len(part["query_index"]) for part in parts])
+        dpassages = passages.grad.split([len(part["passage_input_ids"]) for part in parts])
+        for part, state, dquery, dpassage in zip(parts, states, dqueries, dpassages, strict=True):
+            with state.again():
+                output = self._forward(model, part)
+            alone = output._replace(query=output.query[:0], passages=output.passages[:0])
+            losses = self._loss(alone, part | no_query, rest, counts)
+            loss = losses.loss if scaler is None else scaler.scale(losses.loss)
+            roots = [(loss, None), (output.query, dquery), (output.passages, dpassage)]
+            roots = [(tensor, grad) for tensor, grad in roots if tensor.requires_grad]  # no passages, a frozen model
+            torch.autograd.backward([tensor for tensor, _ in roots], [grad for _, grad in roots])
+            total = total._replace(
+                loss=total.loss + losses.loss.detach(),
+                ntp_loss=total.ntp_loss + losses.ntp_loss.detach(),
+                ntp_count=total.ntp_count + losses.ntp_count,
+            )
+        return total._replace(loss=total.loss.detach())
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> GenCtxOutput:
+        names = ("input_ids", "attention_mask", "query_index", "passage_input_ids", "passage_attention_mask")
+        with self.accelerator.autocast():
+            return model(**{name: inputs[name] for name in names})
+
+    def _loss(
+        self,
+        output: GenCtxOutput,
+        inputs: dict[str, Tensor],
+        mode: Mode,
+        counts: Tensor | None = None,
+        further: tuple[Tensor, Tensor] | None = None,
+    ) -> CoSupervisionOutput:
+        """Losses of these states and vectors, among the further candidates (vectors, ids) too."""
         config = self.model.config
         targets, queries = (None, None) if counts is None else counts.clamp(min=1).unbind()
         weight, bias = self.model.lm_head
+        candidates, ids = output.passages, inputs["candidate_ids"]
+        if further is not None:
+            candidates, ids = (torch.cat(pair) for pair in ((candidates, further[0]), (ids, further[1])))
         with self.accelerator.autocast():
-            output = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                query_index=inputs["query_index"],
-                passage_input_ids=inputs["passage_input_ids"],
-                passage_attention_mask=inputs["passage_attention_mask"],
-            )
             return co_supervision_loss(
                 output.hidden,
                 weight,
                 inputs["labels"],
                 output.query,
-                output.passages,
+                candidates,
                 inputs["query_target"],
                 linear_bias=bias,
-                candidate_ids=inputs["candidate_ids"] if config.unique_passages else None,
+                candidate_ids=ids if config.unique_passages else None,
                 nsp_weight=config.nsp_weight,
-                mode=config.mode,
+                mode=mode,
                 temperature=self.model.temperature,
                 normalize=config.normalize,
                 logit_scale=self.model.logit_scale,
@@ -319,6 +426,41 @@ class CoSupTrainer(Trainer):
                 ntp_normalizer=targets,
                 nsp_normalizer=queries,
             )
+
+    @torch.no_grad()
+    def _further(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Candidates without a gradient and their ids: drawn passages, then those of the queue."""
+        parts = []
+        if "extra_candidate_ids" in inputs:
+            size = self._micro_batch_size or self.args.per_device_train_batch_size
+            rows = (inputs[f"extra_{name}"].split(size) for name in ("passage_input_ids", "passage_attention_mask"))
+            with self.accelerator.autocast():
+                vectors = [self.model.embed_passages(*part) for part in zip(*rows, strict=True)]
+            parts.append((torch.cat(vectors), inputs["extra_candidate_ids"]))
+        if self.queue is not None:
+            parts.append(self.queue.candidates())
+        if not parts:
+            return None
+        dtype = parts[0][0].dtype
+        return torch.cat([vectors.to(dtype) for vectors, _ in parts]), torch.cat([ids for _, ids in parts])
+
+    def _enqueue(self, passages: Tensor, inputs: dict[str, Tensor]) -> None:
+        if self.queue is not None:
+            self.queue.enqueue(passages, inputs["candidate_ids"])
+
+    def _draw(self, batch: dict[str, Tensor], place: int) -> dict[str, Tensor]:
+        """Passages that the batch does not hold; each batch of each step has its own draw, the same when resumed."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        held = set(batch["candidate_ids"].tolist())
+        count = min(self._extra_passages + len(held), len(self._passage_ids))
+        rows = random.Random(f"{seed} {self.state.global_step} {place}").sample(range(len(self._passage_ids)), count)
+        ids = [self._passage_ids[row] for row in rows if row not in held][: self._extra_passages]
+        return {f"extra_{name}": tensor for name, tensor in self.collator.candidates(ids).items()}
+
+    def _record(self, output: CoSupervisionOutput, inputs: dict[str, Tensor]) -> None:
+        tokens = sum(mask.sum() for name, mask in inputs.items() if name.endswith("attention_mask"))
+        hits, queries = _hits(output), output.nsp_count
+        self._add(self._sums, output.loss, output.ntp_loss, output.nsp_loss, hits, queries, tokens)
 
     def _add(self, sums: Tensor, *parts: Tensor | int) -> None:
         sums += torch.stack([torch.as_tensor(part, dtype=sums.dtype, device=sums.device).detach() for part in parts])
@@ -352,6 +494,8 @@ class CoSupTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         interval = {"sums": self._sums.tolist(), "steps": self._steps, "seconds": self._seconds}
         Path(output_dir, _INTERVAL).write_text(json.dumps(interval), encoding="utf-8")
+        if self.queue is not None:
+            save_file(self.queue.state_dict(), Path(output_dir, _QUEUE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -362,6 +506,13 @@ class CoSupTrainer(Trainer):
             interval = json.loads(path.read_text(encoding="utf-8"))
             self._sums = torch.tensor(interval["sums"], dtype=torch.float64, device=self.args.device)
             self._steps, self._seconds, self._mark = interval["steps"], interval["seconds"], time.perf_counter()
+            path = Path(checkpoint, _QUEUE)
+            kept = load_file(path) if path.is_file() else {}
+            sizes = len(kept.get("ids", ())), 0 if self.queue is None else len(self.queue.ids)
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"queue_size: wanted {sizes[0]} as in {checkpoint}, got {sizes[1]}")
+            if self.queue is not None:
+                self.queue.load_state_dict(kept)
 
 
 def _parts(mode: str, losses: tuple[float, float], hits: float, queries: float) -> dict[str, float]:

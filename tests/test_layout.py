@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "generate": {"tokens", "data", "index"},
     "pretrained": {"tokens"},
     "model": {"tokens", "data", "generate", "pretrained"},
-    "train": {"losses", "tokens", "data", "model"},
+    "train": {"losses", "nn", "gradcache", "tokens", "data", "model"},
     "evaluate": {"losses", "tokens", "data", "index", "generate", "model"},
     "doctor": {"kernels", "gemm", "walk"},
     "demo": {"data", "index", "model", "train", "evaluate", "tokens", "generate"},

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from train_worker import make_trainer
 from transformers import TrainerCallback, TrainingArguments
 
+from cosup import info_nce, linear_cross_entropy
+from cosup.bench.measure import peak_bytes
+from cosup.data.collate import micro_batches
 from cosup.data.schema import write_jsonl
 from cosup.model import GenCtxConfig, GenCtxModel
 from cosup.train import CoSupConfig, CoSupTrainer
@@ -161,6 +164,181 @@ def test_activation_checkpointing_takes_the_same_step(trainer_of):
     assert losses(recomputed)[1]["grad_norm"] == pytest.approx(losses(plain)[1]["grad_norm"], rel=1e-5)
 
 
+# ---- large batches in micro-batches
+
+
+def step(trainer: CoSupTrainer, instances) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Loss and gradients of one training step on one batch, and the random number that comes next."""
+    batch = trainer.collator(instances)
+    (batch,), counts = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+    trainer.model.zero_grad()
+    torch.manual_seed(3)
+    loss = trainer.training_step(trainer.model, batch, counts)
+    grads = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads, torch.rand(1)
+
+
+def assert_same_gradients(got, want):
+    assert got.keys() == want.keys() and len(want) > 10
+    for part in ("gen.", "ctx.", "projection.", "log_temperature"):
+        one, other = (
+            torch.cat([torch.zeros(1), *(g.flatten() for name, g in grads.items() if name.startswith(part))])
+            for grads in (got, want)
+        )
+        assert (one - other).norm() <= 1e-6 * other.norm(), part
+    assert all(torch.isfinite(g).all() for g in got.values())
+
+
+@pytest.mark.parametrize("size", [1, 3, 20])
+@pytest.mark.parametrize("mode", ["joint", "nsp"])
+@pytest.mark.parametrize("unique", [True, False])
+@pytest.mark.parametrize("instances", [INSTANCES, COMPLETE, INSTANCES[3:4] + COMPLETE[:3]])
+def test_micro_batches_give_the_gradients_of_the_whole_batch(size, mode, unique, instances, trainer_of):
+    """With hard negatives, passages named twice, instances without any, and more micro-batches than passages."""
+    options = dict(mode=mode, unique_passages=unique, learn_temperature=True, nsp_weight=0.7, temperature=0.2)
+    models = [without_dropout(pair(**options)).double() for _ in range(2)]  # float32 rounds by the shape of the batch
+    whole, parted = (trainer_of(m, instances, micro_batch_size=n) for m, n in zip(models, (None, size), strict=True))
+    (want, want_grads, _), (got, got_grads, _) = step(whole, instances), step(parted, instances)
+    assert want_grads["log_temperature"].abs() > 1e-4
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    assert_same_gradients(got_grads, want_grads)
+    torch.testing.assert_close(parted._sums, whole._sums, rtol=1e-6, atol=1e-9)  # what is logged
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_micro_batches_drop_out_the_same_in_both_passes(bf16, checkpointing, trainer_of):
+    """Against the same micro-batches with their graphs kept: one loss over them all, one backward."""
+    trainer = trainer_of(pair(learn_temperature=True, nsp_weight=0.7), micro_batch_size=3, bf16=bf16)
+    model = trainer.model
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    got, got_grads, after = step(trainer, INSTANCES)
+
+    model.zero_grad()
+    model.train()
+    batch = trainer.collator(INSTANCES)
+    torch.manual_seed(3)
+    names = ("input_ids", "attention_mask", "query_index", "passage_input_ids", "passage_attention_mask")
+    vectors, ntp = [], 0.0
+    for part in micro_batches(batch, 3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = model(**{name: part[name] for name in names})
+            ntp += linear_cross_entropy(output.hidden, model.lm_head[0], part["labels"], reduction="sum", shift=1)
+        vectors.append(output[1:])
+    query, passages = (torch.cat(part) for part in zip(*vectors, strict=True))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        nsp = info_nce(query, passages, batch["query_target"], temperature=model.temperature, reduction="sum",
+                       candidate_ids=batch["candidate_ids"])  # fmt: skip
+    loss = ntp / (batch["labels"][:, 1:] != -100).sum() + 0.7 * nsp / len(query)
+    loss.backward()
+    torch.testing.assert_close(got, loss.detach(), rtol=1e-6, atol=0)
+    assert_same_gradients(got_grads, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert torch.equal(after, torch.rand(1))
+
+
+@pytest.mark.parametrize("frozen", ["gen", "ctx"])
+def test_micro_batches_of_a_half_frozen_pair(frozen, trainer_of):
+    grads = []
+    for size in (None, 2):
+        model = without_dropout(pair(mode="nsp"))
+        getattr(model, frozen).requires_grad_(False)
+        grads.append(step(trainer_of(model, micro_batch_size=size), INSTANCES)[1])
+    assert not any(name.startswith(frozen) for name in grads[0])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_bound_the_memory(trainer_of):
+    """A batch of 48 in micro-batches of 2 takes hardly more than a batch of 12, and far less than at once."""
+    model = without_dropout(pair())
+    many = [replace(instance, id=f"{instance.id} {i}") for i in range(6) for instance in INSTANCES]
+
+    def peak(n, size):
+        trainer = trainer_of(model, many, micro_batch_size=size)
+        (batch,), counts = trainer.get_batch_samples(iter([trainer.collator(many[:n])]), 1, trainer.args.device)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        return peak_bytes(lambda: trainer.training_step(model, batch, counts))
+
+    few, all_in_parts, at_once = peak(12, 2), peak(48, 2), peak(48, None)
+    assert all_in_parts < 1.3 * few and all_in_parts < 0.25 * at_once
+
+
+def test_micro_batches_without_candidates_are_refused(trainer_of):
+    with pytest.raises(ValueError, match="micro_batch_size: wanted None in mode 'ntp'"):
+        trainer_of(pair(mode="ntp"), micro_batch_size=2)
+
+
+# ---- candidates beside the batch's own
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_the_queue_adds_the_passages_of_earlier_batches(size, trainer_of):
+    """The loss of the second step is that of plain PyTorch over its own passages and those of the first."""
+    model = without_dropout(pair(mode="nsp", temperature=0.5))
+    trainer = trainer_of(model, queue_size=50, micro_batch_size=size)
+    batches = [trainer.collator(INSTANCES[:4]), trainer.collator(INSTANCES[2:])]
+    first, second = (run(model, batch) for batch in batches)
+    step(trainer, INSTANCES[:4])
+    loss, grads, _ = step(trainer, INSTANCES[2:])
+    ids = torch.cat([batches[1]["candidate_ids"], batches[0]["candidate_ids"]])
+    candidates = F.normalize(torch.cat([second.passages, first.passages]))
+    scores = F.normalize(second.query) @ candidates.T / 0.5
+    positive = batches[1]["candidate_ids"][batches[1]["query_target"]]
+    again = (ids == positive[:, None]) & (torch.arange(len(ids)) >= len(second.passages))
+    assert again.any()  # some positives are in the queue, too
+    wanted = F.cross_entropy(scores.masked_fill(again, float("-inf")), batches[1]["query_target"])
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    assert len(trainer.queue.candidates()[1]) == len(first.passages) + len(second.passages)
+
+
+def test_extra_passages_are_drawn_anew_for_each_batch(trainer_of):
+    trainer = trainer_of(pair(), extra_passages=3)
+    names = ("extra_candidate_ids", "extra_passage_input_ids")
+    draws = []
+    for n in range(3):
+        trainer.state.global_step = n // 2  # the last is the first of the second step
+        batches = [trainer.collator(INSTANCES[:2]) for _ in range(2)]
+        batches, _ = trainer.get_batch_samples(iter(batches), 2, trainer.args.device)
+        for batch in batches:
+            assert len(batch["extra_candidate_ids"]) == len(batch["extra_passage_input_ids"]) == 3
+            assert not set(batch["extra_candidate_ids"].tolist()) & set(batch["candidate_ids"].tolist())
+        draws.append([tuple(batch[names[0]].tolist()) for batch in batches])
+    assert draws[0] == draws[1]
+    assert len({*draws[0], *draws[2]}) == 4
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_extra_passages_are_candidates_without_gradient(bf16, trainer_of):
+    """Loss and gradients are those of a batch that holds the vectors of all passages, the extra ones as constants."""
+    results = []
+    for size in (None, 3):
+        torch.manual_seed(0)
+        model = without_dropout(pair(mode="nsp", temperature=0.5))
+        trainer = trainer_of(model, extra_passages=4, micro_batch_size=size, bf16=bf16)
+        results.append(step(trainer, INSTANCES[:2]))
+    batch = trainer.collator(INSTANCES[:2])
+    (batch,), _ = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+    rows = [trainer._passage_ids[i] for i in batch["extra_candidate_ids"]]
+    names = ("input_ids", "attention_mask", "query_index", "passage_input_ids", "passage_attention_mask")
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.no_grad():
+            extra = model.embed_passages(**model.passage_batch([PASSAGES[id] for id in rows]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = model(**{name: batch[name] for name in names})
+        loss = info_nce(output.query, torch.cat([output.passages, extra]), batch["query_target"], temperature=0.5)
+    loss.backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for got, grads, _ in results:
+        assert wanted.keys() <= grads.keys()
+        rtol = 1e-2 if bf16 else 1e-5
+        torch.testing.assert_close(got, loss.detach(), rtol=rtol, atol=0)
+        for part in ("gen.", "ctx."):
+            one, other = (torch.cat([g[n].flatten() for n in wanted if n.startswith(part)]) for g in (grads, wanted))
+            assert (one - other).norm() < (0.05 if bf16 else 1e-5) * other.norm(), part
+
+
 # ---- what is logged
 
 
@@ -296,6 +474,23 @@ def test_a_log_interval_survives_a_stop(tmp_path):
     assert losses(resumed) == losses(whole)
 
 
+def test_a_run_with_further_candidates_goes_on_bit_for_bit(tmp_path):
+    """Queue, extra passages and micro-batches; stopped amid the second epoch, after the queue has turned over."""
+    options = dict(queue_size=9, extra_passages=3, micro_batch_size=1, max_steps=11)
+    whole = make_trainer(tmp_path, **options)
+    whole.train()
+    resumed = make_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert losses(resumed) == losses(whole)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(whole.queue.candidates(), resumed.queue.candidates(), strict=True):
+        assert torch.equal(a, b) and len(a) == 9
+    for size in (0, 8):
+        with pytest.raises(ValueError, match=f"queue_size: wanted 9 as in .*checkpoint-8, got {size}"):
+            make_trainer(tmp_path, **options | {"queue_size": size}).train(str(tmp_path / "checkpoint-8"))
+
+
 def test_half_a_checkpoint_is_passed_over(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=8)
     with pytest.raises(ValueError, match="resume_from_checkpoint: wanted a whole checkpoint in .* found none"):
@@ -399,6 +594,9 @@ def test_a_preset_gives_what_is_not_given_and_a_saved_pair_keeps_its_own(tmp_pat
         ("learning_rate: fast", "run.yaml: argument --learning_rate.*invalid float value: 'fast'"),
         ("pooling: max", "pooling: wanted one of mean, last, token, got 'max'"),
         ("preset: mine", "preset: wanted default or paper, got 'mine'"),
+        ("micro_batch_size: 0", "micro_batch_size: wanted at least 1 or None, got 0"),
+        ("queue_size: -1", "queue_size: wanted at least 0, got -1"),
+        ("extra_passages: -1", "extra_passages: wanted at least 0, got -1"),
     ],
 )
 def test_a_wrong_yaml_file_is_told(text, message, tmp_path):

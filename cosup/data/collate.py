@@ -101,16 +101,22 @@ class GenCtxCollator:
             place = {passage: row for row, passage in enumerate(dict.fromkeys(candidates))}
             target = [place[passage] for _, passage in queries]
             candidates = list(place)
-        passage_input_ids, passage_attention_mask = _pad([self._ctx_row(id) for id in candidates], self._ctx_pad)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
             "query_index": torch.tensor([index for index, _ in queries], dtype=torch.int64),
             "query_target": torch.tensor(target, dtype=torch.int64),
+            **self.candidates(candidates),
+        }
+
+    def candidates(self, ids: Sequence[str]) -> dict[str, Tensor]:
+        """passage_input_ids, passage_attention_mask and candidate_ids of these passages, as in a batch."""
+        passage_input_ids, passage_attention_mask = _pad([self._ctx_row(id) for id in ids], self._ctx_pad)
+        return {
             "passage_input_ids": passage_input_ids,
             "passage_attention_mask": passage_attention_mask,
-            "candidate_ids": torch.tensor([self._row_of[id] for id in candidates], dtype=torch.int64),
+            "candidate_ids": torch.tensor([self._row_of[id] for id in ids], dtype=torch.int64),
         }
 
     def report(self) -> dict[str, int]:
@@ -171,6 +177,37 @@ class GenCtxCollator:
         if id not in self.passages:
             raise ValueError(f"instances: passage {id!r} is not among the {len(self.passages)} passages")
         return self.passages[id]
+
+
+def micro_batches(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """A collator's batch in parts of `size` instances, each with an even share of the passages.
+
+    A part has labels and the arguments of `GenCtxModel.forward`, and no padding that none of its rows needs. Queries
+    and passages of the parts, one after another, are those of the batch. Raises ValueError for a size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"size: wanted at least 1, got {size}")
+    rows, width = batch["input_ids"].shape
+    starts = range(0, rows, size)
+    query_row = batch["query_index"] // width
+    ids, masks = (batch[name].tensor_split(len(starts)) for name in ("passage_input_ids", "passage_attention_mask"))
+    parts = []
+    for start, passage_ids_PL, passage_mask_PL in zip(starts, ids, masks, strict=True):
+        stop = start + size
+        length = _longest(batch["attention_mask"][start:stop])
+        index = batch["query_index"][(query_row >= start) & (query_row < stop)] - start * width
+        passage_length = _longest(passage_mask_PL)
+        parts.append({
+            **{name: batch[name][start:stop, :length] for name in ("input_ids", "attention_mask", "labels")},
+            "query_index": index // width * length + index % width,
+            "passage_input_ids": passage_ids_PL[:, :passage_length],
+            "passage_attention_mask": passage_mask_PL[:, :passage_length],
+        })  # fmt: skip
+    return parts
+
+
+def _longest(mask: Tensor) -> int:
+    return int(mask.any(dim=0).sum())
 
 
 def _pad(rows: list[list[int]], value: int) -> tuple[Tensor, Tensor]:

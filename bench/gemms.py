@@ -1,4 +1,4 @@
-"""The floor of both losses: their three matrix products alone, in the row blocks of a plan, and nothing else."""
+"""The floor of both losses: their matrix products alone, in the row blocks of a plan, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ def torch_mm(x_ND: Tensor, w_MD: Tensor, block_rows: int) -> tuple[Tensor, Tenso
         return dx_ND, dw_MD
 
 
-def engine_gemms(x_ND: Tensor, w_MD: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """The same by the engine's products, strip by strip as it takes them."""
+def engine_gemms(x_ND: Tensor, w_MD: Tensor, plan: Plan, sweeps: int = 1) -> tuple[Tensor, Tensor]:
+    """The same by the engine's products, strip by strip as it takes them; with two sweeps, first all tiles alone."""
     m = len(w_MD)
     with torch.no_grad():
         tile_RM = torch.empty(plan.block_rows, padded(m), dtype=x_ND.dtype, device=x_ND.device)
         dx_ND, dw_MD = torch.empty_like(x_ND), torch.empty_like(w_MD)
         strips = [slice(c, min(c + plan.strip_cols, m)) for c in range(0, m, plan.strip_cols)]
-        for n in range(0, len(x_ND), plan.block_rows):
+        starts = range(0, len(x_ND), plan.block_rows)
+        for n, last in [(n, sweep == sweeps - 1) for sweep in range(sweeps) for n in starts]:
             x_RD = x_ND[n : n + plan.block_rows]
             for s in strips:
                 gemm.dots(x_RD, w_MD[s], tile_RM[: len(x_RD), s])
-            for s in strips:
+            for s in strips if last else []:
                 gemm.add(dx_ND[n : n + len(x_RD)], tile_RM[: len(x_RD), s], w_MD[s], first=s.start == 0)
                 gemm.add(dw_MD[s], tile_RM[: len(x_RD), s].mT, x_RD, first=n == 0)
         return dx_ND, dw_MD

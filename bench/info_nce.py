@@ -1,6 +1,6 @@
-"""info_nce against plain PyTorch and the bare three matrix products: time, memory and gradient error.
+"""info_nce against its peers and the bare matrix products: time, memory and gradient error.
 
-python bench/info_nce.py [--shape 8192 8192 256] [--dtype float32] [--temperature 0.05] [--workspace-mib 64]
+python bench/info_nce.py [--shape 8192 8192 256] [--symmetric] [--temperature 0.05] [--workspace-mib 64]
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosup import info_nce
-from cosup.bench import report
+from cosup.bench import peers, report
 from cosup.bench.gemms import engine_gemms, torch_mm
 from cosup.bench.measure import Problem, measure
-from cosup.plan import plan
+from cosup.plan import Strategy, plan
 from cosup.walk import cost, resolve
 
 
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--workspace-mib", type=int, default=64)
+    parser.add_argument("--symmetric", action="store_true", help="both directions")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args(arguments)
     n, m, d = args.shape
@@ -39,27 +40,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target = torch.arange(n, device=device)
 
     def ours(q: Tensor, c: Tensor, t: Tensor) -> Tensor:
-        return info_nce(q, c, t, temperature=args.temperature, normalize=False, workspace_bytes=workspace)
+        return info_nce(q, c, t, temperature=args.temperature, normalize=False, symmetric=args.symmetric,
+                        workspace_bytes=workspace)  # fmt: skip
 
-    def plain(q: Tensor, c: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(q @ c.mT / args.temperature, t)
-
-    blocks = plan(n, m, cost(query, resolve("auto", query), gathered=False), grads=True,
-                  weights_known=dtype != torch.float16, workspace_bytes=workspace)  # fmt: skip
+    others, absent = peers.losses(peers.contrastive(args.temperature, args.symmetric))
+    if n != m:
+        square = ("sentence-transformers", "the same, cached", "open_clip", "Inf-CL")
+        absent |= {name: "takes one candidate to a query" for name in others if name in square}
+        others = {name: loss for name, loss in others.items() if name not in absent}
+    c = cost(query, resolve("auto", query), gathered=False, symmetric=args.symmetric)
+    blocks = plan(n, m, c, grads=True, weights_known=dtype != torch.float16, workspace_bytes=workspace)
     print(f"plan: {blocks}")
+    sweeps = 1 if blocks.strategy is Strategy.GRADS_IN_FORWARD else 2
+    count = {1: "three", 2: "four"}[sweeps]
     products = {
         "three torch.mm": lambda: torch_mm(query, candidates, blocks.block_rows),
-        "three GEMMs": lambda: engine_gemms(query, candidates, blocks),
+        f"{count} GEMMs": lambda: engine_gemms(query, candidates, blocks, sweeps),
     }
-    problem = Problem(query, candidates, target, plain)
-    rows = measure(problem, products, {"cosup": ours, "plain": plain}, args.rounds)
+    problem = Problem(query, candidates, target, others["plain"], square=n == m)
+    rows = measure(problem, products, {"cosup": ours, **others}, args.rounds)
     size = {"N": n, "M": m, "D": d, "dtype": args.dtype, "temperature": args.temperature,
-            "workspace_MiB": args.workspace_mib}  # fmt: skip
-    record = report.summarise(rows, size=size, products=(*products,), flop=6 * n * m * d, absent={},
+            "symmetric": args.symmetric, "workspace_MiB": args.workspace_mib}  # fmt: skip
+    record = report.summarise(rows, size=size, products=(*products,), flop=2 * (2 + sweeps) * n * m * d, absent=absent,
                               gradient_bytes=(n + m) * d * query.element_size(),
                               stated_bytes=blocks.workspace_bytes)  # fmt: skip
-    report.show("info_nce", record)
-    print(json.dumps(report.save("info_nce", [record])))
+    title = "info_nce" + "_symmetric" * args.symmetric
+    report.show(title, record)
+    print(json.dumps(report.save(title, [record])))
 
 
 if __name__ == "__main__":

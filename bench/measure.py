@@ -6,8 +6,8 @@
     dx_error           |dx - dx64| / |dx64|, Frobenius norms;  dw_error: the same of dw
     dw_row_error       mean over the rows of w of |dw[m] - dw64[m]| / |dw64[m]|: sees a small gradient that was dropped
 
-The errors are of the first 256 rows of x over all of w, against plain PyTorch's gradients in float64. A method that
-raises is a result: ``failed`` says what it raised, and the others go on.
+The errors are of the first 256 rows of x over all of w (over 256 of w too where a problem is square), against plain
+PyTorch's gradients in float64. A method that raises is a result: ``failed`` says what it raised, and the others go on.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ class Problem(NamedTuple):
     target: Tensor  # [N] int64
     reference: Loss  # in plain PyTorch: in float64 its gradients are the true ones
     dense: Tensor | None = None  # the target with no label ignored, where some are
+    square: bool = False  # row n of w is the target of row n of x
 
 
 def measure(
     problem: Problem, products: dict[str, Callable[[], object]], losses: dict[str, Loss], rounds: int
 ) -> list[dict[str, Any]]:
     """A row for each method: the bare matrix products, which have no loss, and the losses."""
-    x, w, target, _, dense = problem
+    x, w, target, _, dense, _ = problem
     runs: dict[str, dict[str, Callable[[], object]]] = {name: {"seconds": run} for name, run in products.items()}
     for name, loss in losses.items():
         runs[name] = {
@@ -105,7 +106,8 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def _measure_errors(problem: Problem, losses: dict[str, Loss], rows: dict[str, dict[str, Any]]) -> None:
-    x, w = (t.detach().requires_grad_() for t in (problem.x[:ERROR_ROWS], problem.w))
+    table = problem.w[:ERROR_ROWS] if problem.square else problem.w
+    x, w = (t.detach().requires_grad_() for t in (problem.x[:ERROR_ROWS], table))
     target = problem.target[:ERROR_ROWS]
     true = gradients(problem.reference, *(t.detach().double().requires_grad_() for t in (x, w)), target)
     for name, loss in losses.items():

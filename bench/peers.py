@@ -1,12 +1,16 @@
-"""Linear cross entropy by others, each as loss(x, w, target) = mean over targets that are not -100.
+"""Both losses by others, each as loss(x, w, target): measured where they can be imported, never required.
 
-plain, torch.compile, torch's own chunked (three of its options), Liger-Kernel, cut-cross-entropy (CCE), QuACK. They are
-measured where they can be imported, never required.
+Linear cross entropy, the mean over targets that are not -100: plain, torch.compile, torch's own chunked (three of its
+options), Liger-Kernel, cut-cross-entropy (CCE), QuACK. Contrastive, x the queries and w the candidates, of unit length,
+row n the positive of query n: plain, torch.compile, sentence-transformers, open_clip, Inf-CL, and CCE and QuACK as row
+losses.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,11 +25,11 @@ class Peer(NamedTuple):
     needs_cuda: bool = False
 
 
-def losses() -> tuple[dict[str, Loss], dict[str, str]]:
+def losses(peers: dict[str, Peer] | None = None) -> tuple[dict[str, Loss], dict[str, str]]:
     """Every peer that can run here, fresh, and for each of the others why it cannot."""
     found: dict[str, Loss] = {}
     absent: dict[str, str] = {}
-    for name, peer in PEERS.items():
+    for name, peer in (PEERS if peers is None else peers).items():
         if peer.needs_cuda and not torch.cuda.is_available():
             absent[name] = "needs CUDA"
             continue
@@ -98,3 +102,65 @@ PEERS = {
     "QuACK base": Peer(lambda: quack(scaled_exp=False), needs_cuda=True),
     "QuACK scaled-exp": Peer(lambda: quack(scaled_exp=True), needs_cuda=True),
 }
+
+
+def contrastive(temperature: float, symmetric: bool) -> dict[str, Peer]:
+    """The peers of info_nce; those that have one direction alone are left out where both are asked."""
+
+    def plain(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        z = x @ w.mT / temperature
+        rows = F.cross_entropy(z, target)
+        return (rows + F.cross_entropy(z.mT[target], torch.arange(len(x), device=x.device))) / 2 if symmetric else rows
+
+    def compiled() -> Loss:
+        torch.compiler.reset()
+        return torch.compile(plain, dynamic=False)
+
+    def as_rows(make: Callable[[], Loss]) -> Callable[[], Loss]:
+        loss = make()
+        return lambda: lambda x, w, target: loss(x / temperature, w, target)
+
+    found = {
+        "plain": Peer(lambda: plain),
+        "torch.compile": Peer(compiled),
+        "sentence-transformers": Peer(lambda: sentence_transformers(temperature, symmetric, cached=False)),
+        "the same, cached": Peer(lambda: sentence_transformers(temperature, symmetric, cached=True)),
+    }
+    if symmetric:
+        return found | {"open_clip": Peer(lambda: open_clip(temperature))}
+    rows = {name: PEERS[name] for name in ("CCE exact", "QuACK base", "QuACK scaled-exp")}
+    of_rows = {name: Peer(lambda p=peer: as_rows(p.make)(), needs_cuda=True) for name, peer in rows.items()}
+    return found | of_rows | {"Inf-CL": Peer(lambda: inf_cl(temperature), needs_cuda=True)}
+
+
+NOTHING = torch.nn.Sequential(torch.nn.Identity())  # what embeds has no part in these losses
+
+
+def sentence_transformers(temperature: float, symmetric: bool, *, cached: bool) -> Loss:
+    from sentence_transformers import losses as theirs
+
+    options = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"} if symmetric else {}
+    if cached:
+        chunked = theirs.CachedMultipleNegativesRankingLoss(NOTHING, 1 / temperature, mini_batch_size=1024, **options)
+        return lambda x, w, target: chunked.calculate_loss([[x], [w]])
+    loss = theirs.MultipleNegativesRankingLoss(NOTHING, 1 / temperature, **options)
+    return lambda x, w, target: loss.compute_loss_from_embeddings([x, w], target)
+
+
+def open_clip(temperature: float) -> Loss:
+    """From the file of its losses alone: the package imports torchvision, which they do not need."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise ImportError("no package open_clip")
+    spec = importlib.util.spec_from_file_location("open_clip_loss", Path(package.origin).with_name("loss.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    loss = module.ClipLoss()
+    return lambda x, w, target: loss(x, w, 1 / temperature)
+
+
+def inf_cl(temperature: float) -> Loss:
+    from inf_cl import cal_inf_loss
+
+    return lambda x, w, target: cal_inf_loss(x, w, scale=1 / temperature)

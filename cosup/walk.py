@@ -162,10 +162,10 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
                 for c, strip in strips:
                     for product in products:
                         product.dots(c, strip, first=product is products[0])
+                    if known is None and columns is not None:
+                        kernels.column_stats(strip, columns.state.columns(c), *_features(p, r, c, limit))
                 if known is None:
                     kernels.tile_stats(tile, state.rows(r), *_features(p, r, s, limit))
-                    if columns is not None:
-                        kernels.column_stats(tile, columns.state.columns(s), *_features(p, r, s, limit))
             if known is None and p.shard is not None and s.stop == m:
                 merge(state.rows(r), p.shard.holds(p.target[r], m), p.shard, rank)
             if weights is None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from test_losses import DTYPES, check
 
 from cosup import info_nce
+from cosup.bench import peers
 from cosup.plan import Strategy, plan, used
 from cosup.walk import cost, resolve
 
@@ -153,3 +154,89 @@ def test_stats(symmetric, hard, device):
                           (found.entropy, -(log_p.exp() * log_p).sum(1))):  # fmt: skip
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
         assert torch.equal(found.log_prob, -found.nll)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_equals_sentence_transformers(cached, symmetric):
+    pytest.importorskip("sentence_transformers")
+    theirs = peers.sentence_transformers(0.05, symmetric, cached=cached)
+    _equal(theirs, lambda q, c, t: info_nce(q, c, t, temperature=0.05, symmetric=symmetric))
+
+
+def test_equals_sentence_transformers_with_further_candidates():
+    """Their hard negatives are candidates of every query."""
+    losses = pytest.importorskip("sentence_transformers.losses")
+    loss = losses.MultipleNegativesRankingLoss(peers.NOTHING, 20.0)
+    _equal(lambda q, c, t: loss.compute_loss_from_embeddings([q, *c.chunk(2)], t),
+           lambda q, c, t: info_nce(q, c, t, temperature=0.05), candidates=2 * N)  # fmt: skip
+
+
+def test_equals_open_clip():
+    """It takes vectors of unit length."""
+    try:
+        theirs = peers.open_clip(0.05)
+    except ImportError as error:
+        pytest.skip(str(error))
+    _equal(lambda q, c, t: theirs(F.normalize(q), F.normalize(c), t),
+           lambda q, c, t: info_nce(q, c, temperature=0.05, symmetric=True))  # fmt: skip
+
+
+def _equal(theirs, ours, candidates=N):
+    tensors = [torch.randn(k, D, dtype=torch.float64, requires_grad=True) for k in (N, candidates)]
+    results = []
+    for loss in (ours, theirs):
+        value = loss(*tensors, torch.arange(N))
+        results.append((value.detach(), *torch.autograd.grad(value, tensors)))
+    torch.testing.assert_close(*results)
+
+
+def test_low_temperature_in_sixteen_bits(device):
+    """Logits to 100, in both directions: finite, and no worse than plain PyTorch."""
+    query, candidates, target = problem(torch.bfloat16, device)
+    check(lambda q, c, t: info_nce(q, c, target, temperature=t, symmetric=True),
+          lambda q, c, t: formula(q, c, t, target, symmetric=True),
+          (query, candidates, torch.tensor(0.01, dtype=torch.bfloat16, device=device)))  # fmt: skip
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_all_candidates_masked(symmetric):
+    """All are the query's own passage: there is no negative, the loss is 0, and nothing is NaN."""
+    q, c = torch.randn(4, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    temperature = torch.tensor(0.1, requires_grad=True)
+    loss = info_nce(q, c, candidate_ids=torch.zeros(6, dtype=torch.int64), temperature=temperature, symmetric=symmetric)
+    grads = torch.autograd.grad(loss, (q, c, temperature))
+    assert abs(loss.item()) < 1e-6 and all(g.abs().max() < 1e-5 for g in grads)
+
+
+def test_zero_vectors():
+    """Their similarity is 0 to all; the gradients are finite."""
+    q, c = torch.zeros(3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    loss = info_nce(q, c, symmetric=True)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (q, c)))
+    assert torch.isclose(info_nce(q, c), torch.tensor(5.0).log())
+
+
+# ruff: noqa: E501
+BAD = [
+    (dict(target=torch.tensor([0, 1, 1])), ValueError, "target must be distinct rows of candidates where symmetric, got row 1 for 2"),
+    (dict(candidate_bias=torch.zeros(4)), ValueError, r"candidate_bias must be \[5\], got \[4\]"),
+    (dict(candidate_bias=torch.zeros(5, dtype=torch.int64)), ValueError, "candidate_bias must be floating, got torch.int64"),
+    (dict(sample_weight=torch.zeros(5)), ValueError, r"sample_weight must be \[3\], got \[5\]"),
+    (dict(hard_negatives=torch.zeros(3, 8)), ValueError, r"hard_negatives must be \[3, H, 8\] of torch.float32, got \[3, 8\]"),
+    (dict(hard_negatives=torch.zeros(3, 2, 8).double()), ValueError, "hard_negatives must be .* got .* of torch.float64"),
+    (dict(margin=float("nan")), ValueError, "margin must be a finite number, got nan"),
+    (dict(false_negative_margin="0.1"), ValueError, "false_negative_margin must be a finite number, got '0.1'"),
+    (dict(label_smoothing=1.5), ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+    (dict(label_smoothing=0.1, false_negative_margin=0.1), ValueError, "want label_smoothing or false_negative_margin, got both"),
+    (dict(temperature=0.0), ValueError, "temperature must be a number, positive"),
+    (dict(target=torch.tensor([0, 1, 5])), IndexError, r"target must be in \[0, 5\), got 5 in row 2"),
+    (dict(candidates=torch.zeros(0, 8)), ValueError, "candidates must have a row for each of the 3 queries"),
+]
+
+
+@pytest.mark.parametrize("bad, error, message", BAD, ids=[m for *_, m in BAD])
+def test_bad_input(bad, error, message):
+    good = {"query": torch.randn(3, 8), "candidates": torch.randn(5, 8), "symmetric": True}
+    with pytest.raises(error, match=message):
+        info_nce(**(good | bad))

@@ -19,6 +19,7 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet pip==26.3
 	$(BIN)/pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable ".[dev,gguf]"
+	$(BIN)/pip install --quiet --no-deps open_clip_torch==3.3.0  # one file of it is compared with; the rest needs torchvision
 	touch $@
 
 clean:

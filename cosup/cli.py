@@ -32,6 +32,9 @@ app.add_typer(bench, name="bench")
 Model = Annotated[str, typer.Argument(help="Folder that training wrote, or any saved Gen/Ctx pair.")]
 PassagesFile = Annotated[Path, typer.Argument(help="JSONL of passages.", exists=True, dir_okay=False)]
 ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the matrix products; auto: bfloat16 where fast.")
+]
 BatchSize = Annotated[int, typer.Option(help="Passages embedded at once.", min=1)]
 
 
@@ -107,6 +110,18 @@ def bench_hidden_states(
 
     count = hidden_states.write(model, text.read_text(encoding="utf-8"), out, tokens=tokens)
     console.print(f"{count:,} tokens in {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+@bench.command("pools")
+def bench_pools(
+    out: Annotated[Path, typer.Option(help="Folder of pools.json.")] = Path("pools"),
+    queries: Annotated[int, typer.Option(help="Queries seen in each training.", min=1)] = 8192,
+    dtype: Dtype = "auto",
+) -> None:
+    """Train Gen and Ctx with 64, 512 and 4,096 candidates a query: large batches, a queue, extra passages."""
+    from cosup.pools import run
+
+    run(out, queries=queries, dtype=dtype)
 
 
 @app.command(
@@ -225,9 +240,7 @@ def evaluate(
 def demo(
     compare: Annotated[bool, typer.Option("--compare", help="Also train ntp-only and nsp-only.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of pictures, report and the trained pair.")] = Path("demo"),
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the matrix products; auto: bfloat16 where fast.")
-    ] = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """The main job in small: real text, real weights, joint training, an index of 10,033 passages, one answer."""
     from cosup.demo import run

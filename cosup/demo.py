@@ -44,8 +44,8 @@ def run(out: Path, *, compare: bool = False, dtype: str = "auto") -> dict[str, A
     compare: train ntp-only and nsp-only too. dtype: of the matrix products, float32, bfloat16 or auto.
     """
     began = time.perf_counter()
-    bf16 = dtype == "bfloat16" or (dtype == "auto" and _fast_bfloat16())
-    with _step("fetch text and weights"):
+    bf16 = dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16())
+    with step("fetch text and weights"):
         files, weights = wiki_data.build(), smollm2_data.build()
         corpus = read_passages(files.passages)
         train = _mixed(read_instances(files.train, corpus))
@@ -59,13 +59,13 @@ def run(out: Path, *, compare: bool = False, dtype: str = "auto") -> dict[str, A
         model = _fresh(weights, mode)
         if "untrained" not in report:
             report["untrained"], _ = _measure(model, test, corpus, bf16, "untrained")
-        with _step(f"train {mode}"):
+        with step(f"train {mode}"):
             trainer = _trainer(model, train, corpus, out / mode, bf16)
             trainer.train()
-        with _autocast(bf16):
+        with autocast(bf16):
             report["modes"][mode], index = _measure(model, test, corpus, bf16, mode, answers=ANSWERS)
             if mode == "joint":
-                with _step("answer held-out questions"):
+                with step("answer held-out questions"):
                     shown = model.generate([i.input for i in test[:ANSWERS]], index, max_new_tokens=32)
         report["modes"][mode]["history"] = trainer.state.log_history
         if mode == "joint":
@@ -115,10 +115,10 @@ def _trainer(
 def _measure(
     model: GenCtxModel, test: Sequence[Instance], corpus: Mapping[str, Passage], bf16: bool, name: str, answers: int = 0
 ) -> tuple[dict[str, Any], SequenceIndex]:
-    with _autocast(bf16):
-        with _step(f"index {len(corpus):,} passages, {name}"):
+    with autocast(bf16):
+        with step(f"index {len(corpus):,} passages, {name}"):
             index = SequenceIndex.from_model(model, corpus.values(), batch_size=128)
-        with _step(f"evaluate, {name}"):
+        with step(f"evaluate, {name}"):
             return evaluate(model, test, index, answers=answers, max_new_tokens=32), index
 
 
@@ -171,18 +171,18 @@ def _save(report: Mapping[str, Any], out: Path) -> None:
     figure.savefig(out / "loss.png")
 
 
-def _fast_bfloat16() -> bool:
+def fast_bfloat16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _autocast(bf16: bool):
+def autocast(bf16: bool):
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=bf16)
 
 
 @contextlib.contextmanager
-def _step(name: str) -> Iterator[None]:
+def step(name: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     console.print(f"[dim]{time.perf_counter() - began:6.1f} s[/]  {name}", highlight=False)

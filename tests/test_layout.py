@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "evaluate": {"losses", "tokens", "data", "index", "generate", "model"},
     "doctor": {"kernels", "gemm", "walk"},
     "demo": {"data", "index", "model", "train", "evaluate", "tokens", "generate"},
-    "cli": {"data", "index", "model", "train", "evaluate", "tokens", "generate", "demo", "doctor", "bench"},
+    "pools": {"data", "index", "model", "train", "evaluate", "demo"},
+    "cli": {"data", "index", "model", "train", "evaluate", "tokens", "generate", "demo", "pools", "doctor", "bench"},
 }
 FILES = [*ROOT.glob("kernels/*.py"), *ROOT.glob("cosup/[!_]*.py"), *ROOT.glob("cosup/data/*.py")]
 

@@ -406,7 +406,8 @@ class CoSupTrainer(Trainer):
         weight, bias = self.model.lm_head
         candidates, ids = output.passages, inputs["candidate_ids"]
         if further is not None:
-            candidates, ids = (torch.cat(pair) for pair in ((candidates, further[0]), (ids, further[1])))
+            candidates = torch.cat([candidates, further[0].to(candidates.dtype)])
+            ids = torch.cat([ids, further[1]])
         with self.accelerator.autocast():
             return co_supervision_loss(
                 output.hidden,
@@ -441,8 +442,7 @@ class CoSupTrainer(Trainer):
             parts.append(self.queue.candidates())
         if not parts:
             return None
-        dtype = parts[0][0].dtype
-        return torch.cat([vectors.to(dtype) for vectors, _ in parts]), torch.cat([ids for _, ids in parts])
+        return torch.cat([vectors for vectors, _ in parts]), torch.cat([ids for _, ids in parts])
 
     def _enqueue(self, passages: Tensor, inputs: dict[str, Tensor]) -> None:
         if self.queue is not None:

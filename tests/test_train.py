@@ -264,6 +264,15 @@ def test_micro_batches_bound_the_memory(trainer_of):
     assert all_in_parts < 1.3 * few and all_in_parts < 0.25 * at_once
 
 
+def test_a_loss_scale_reaches_every_gradient_once(trainer_of):
+    """float16 is trained with the loss scaled up; a power of 2 changes no bit of a gradient but its exponent."""
+    plain, scaled = (trainer_of(without_dropout(pair(learn_temperature=True)), micro_batch_size=3) for _ in range(2))
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    (want, want_grads, _), (got, got_grads, _) = step(plain, INSTANCES), step(scaled, INSTANCES)
+    assert torch.equal(got, want)
+    assert_same_gradients({name: g / 1024 for name, g in got_grads.items()}, want_grads)
+
+
 def test_micro_batches_without_candidates_are_refused(trainer_of):
     with pytest.raises(ValueError, match="micro_batch_size: wanted None in mode 'ntp'"):
         trainer_of(pair(mode="ntp"), micro_batch_size=2)
@@ -290,6 +299,13 @@ def test_the_queue_adds_the_passages_of_earlier_batches(size, trainer_of):
     wanted = F.cross_entropy(scores.masked_fill(again, float("-inf")), batches[1]["query_target"])
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
     assert len(trainer.queue.candidates()[1]) == len(first.passages) + len(second.passages)
+
+
+def test_further_candidates_of_16_bit_weights(trainer_of):
+    trainer = trainer_of(pair().bfloat16(), queue_size=50, extra_passages=2)
+    for _ in range(2):
+        loss, grads, _ = step(trainer, INSTANCES[:4])
+        assert loss.isfinite() and {g.dtype for g in grads.values()} == {torch.bfloat16}
 
 
 def test_extra_passages_are_drawn_anew_for_each_batch(trainer_of):

@@ -1,6 +1,8 @@
-"""What the walk asks of other processes when the table's rows are split among them: one part to a rank, in rank order.
+"""What losses and the walk ask of other processes.
 
-Every rank holds all of x and the targets; each statistic is merged, each gradient of x summed.
+Where a table's rows are split among them, one part to a rank, in rank order (a head), every rank holds all of x and
+the targets; each statistic is merged, each gradient of x summed. Where the rows of x are split (queries), every rank
+gathers the table; its gradients are summed where they belong, and the columns' statistics merged.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from cosup.kernels.reference import RowState
+from cosup.kernels.reference import ColumnState, RowState
 
 SUM_ROWS = 1024  # rows of a 16-bit gradient that are widened at once to be summed
 
@@ -69,3 +72,80 @@ def sum_over_ranks(t: Tensor, s: Shard) -> None:
         wide = part.float()
         dist.all_reduce(wide, group=s.group)
         part.copy_(wide)
+
+
+def merge_columns(state: ColumnState, group_name: str) -> None:
+    """Make the columns' statistic over the rows here that over all ranks' rows, in place."""
+    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+    top = state.max.clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    safe = torch.where(top == float("-inf"), 0.0, top)
+    lag = torch.where(state.sum == 0, 0.0, state.max - safe)
+    decay = torch.exp(state.max - safe)
+    parts = torch.stack([state.sum * decay, (state.dot + state.sum * lag) * decay])
+    dist.all_reduce(parts, group=group)
+    for field, merged in zip(state, (top, *parts), strict=True):
+        field.copy_(merged)
+
+
+def add_over_ranks(t: Tensor, group_name: str) -> None:
+    """t += those of the other ranks."""
+    dist.all_reduce(t, group=dist.distributed_c10d._resolve_process_group(group_name))  # type: ignore[arg-type]
+
+
+def sizes_of_ranks(group: dist.ProcessGroup, device: torch.device, *sizes: int) -> list[list[int]]:
+    """Each size on every rank. Collective; waits for the answer."""
+    table = torch.zeros(len(sizes), group.size(), dtype=torch.int64, device=device)
+    table[:, group.rank()] = torch.tensor(sizes)
+    dist.all_reduce(table, group=group)
+    return table.tolist()
+
+
+def gather(t: Tensor, counts: list[int], group: dist.ProcessGroup, *, gradients: bool = True) -> Tensor:
+    """Rows of all ranks in rank order, ``counts`` of each. A gradient goes back to where its row came from, summed in
+    float32 over the ranks; without ``gradients``, from this rank's use of its own rows alone."""
+    if gradients:
+        return _Gather.apply(t, counts, group)
+    own = sum(counts[: group.rank()])
+    everything = _gather(t.detach(), counts, group)
+    return torch.cat([everything[:own], t, everything[own + len(t) :]])
+
+
+def _gather(t: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    widest = max(counts)
+    padded = F.pad(t, (*(t.ndim - 1) * (0, 0), 0, widest - len(t))).contiguous()
+    everything = padded.new_empty(group.size(), *padded.shape)
+    dist.all_gather_into_tensor(everything.flatten(0, 1), padded, group=group)
+    if min(counts) == widest:
+        return everything.flatten(0, 1)
+    return torch.cat([rows[:count] for rows, count in zip(everything, counts, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, counts, group):
+        ctx.counts, ctx.group = counts, group
+        return _gather(t, counts, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        world, mine = ctx.group.size(), ctx.counts[ctx.group.rank()]
+        parts = grad.new_empty(world * mine, *grad.shape[1:])
+        dist.all_to_all_single(parts, grad.contiguous(), [mine] * world, ctx.counts, group=ctx.group)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return parts.view(world, mine, *grad.shape[1:]).sum(0, dtype=wide).to(grad.dtype), None, None
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks, on each of them; its gradient is summed likewise."""
+
+    @staticmethod
+    def forward(ctx, t, group):
+        ctx.group = group
+        total = t.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SumOverRanks.apply(grad.contiguous(), ctx.group), None

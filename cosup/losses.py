@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosup import ops
+from cosup.distributed import SumOverRanks, sizes_of_ranks
+from cosup.distributed import gather as gather_rows
 from cosup.walk import RowWeights, resolve
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("mean", "sum", "none")
+GATHERS = ("exact", "detached", "local")
 MODES = ("joint", "ntp", "nsp")
 
 
@@ -173,7 +176,8 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
              query_ids: Tensor | None = None, candidate_ids: Tensor | None = None,
              candidate_bias: Tensor | None = None, sample_weight: Tensor | None = None, margin: float = 0.0,
              false_negative_margin: float | None = None, label_smoothing: float = 0.0, reduction: str = "mean",
-             return_stats: bool = False, workspace_bytes: int | None = None,
+             return_stats: bool = False, process_group: ProcessGroup | None = None, gather: str = "exact",
+             workspace_bytes: int | None = None,
              backend: str = "auto") -> Tensor | tuple[Tensor, RowStats]:  # fmt: skip
     """Contrastive loss of queries against a pool of candidates; the similarity matrix is never stored whole.
 
@@ -207,6 +211,12 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
             excepted; in the direction of the queries only.
         reduction: "mean", "sum" or "none" ([N], with any upstream gradient).
         return_stats: Also return :class:`RowStats` (rank and top-1 among the candidates), from the same pass.
+        process_group: Each of its ranks has queries and candidates of its own, none or many, and ``target`` among its
+            own. A mean or sum is over all ranks' queries, and comes out on every rank, with the gradients of what is
+            here: their sum over ranks, not their mean, is a parameter's. "none" gives the queries here. Each call tells
+            the others how many rows are here, and waits; all ranks make the same calls and ask the same gradients.
+        gather: Which candidates a query sees. "exact": those of all ranks, with gradients: as one process with all rows
+            in rank order. "detached": those of all ranks, but gradients go to the own ones only. "local": the own ones.
         workspace_bytes, backend: As in :func:`linear_cross_entropy`.
 
     Returns:
@@ -249,6 +259,10 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     if label_smoothing and false_negative_margin is not None:
         raise ValueError("want label_smoothing or false_negative_margin, got both")
     _check_reduction(reduction)
+    if gather not in GATHERS:
+        raise ValueError(f"gather must be one of {GATHERS}, got {gather!r}")
+    if process_group is not None and symmetric and gather == "detached":
+        raise ValueError('want gather "exact" or "local" where symmetric, got "detached"')
     if symmetric:
         _check_distinct(target, m)
     hard = hard_negatives
@@ -262,6 +276,23 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     if normalize:
         query, candidates = _unit(query), _unit(candidates)
         hard = None if hard is None else _unit(hard)
+    weight, local_reduction, row_group = sample_weight, reduction, None
+    if process_group is not None:
+        _check_targets(target, m)
+        if gather != "local":
+            _, counts = sizes_of_ranks(process_group, query.device, n, m)
+            target = target + sum(counts[: process_group.rank()])
+            candidates = gather_rows(candidates, counts, process_group, gradients=gather == "exact")
+            if candidate_bias is not None:
+                candidate_bias = gather_rows(candidate_bias, counts, process_group, gradients=gather == "exact")
+            if candidate_ids is not None:
+                candidate_ids = gather_rows(candidate_ids, counts, process_group, gradients=False)
+            m = sum(counts)
+            row_group = process_group.group_name if symmetric else None
+        if reduction == "mean":
+            weight = torch.ones_like(target, dtype=dtype) if weight is None else weight.to(dtype)
+            total = SumOverRanks.apply(weight.sum(), process_group)
+            weight, local_reduction = weight / torch.where(total == 0, 1.0, total), "sum"
     kept = None
     if label_smoothing and query_ids is not None and candidate_ids is not None:
         ordered = candidate_ids.sort().values
@@ -270,17 +301,20 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     loss, stats = _softmax_nll(
         query, candidates, target, scale, bias=None if candidate_bias is None else candidate_bias.to(dtype),
         row_id=query_ids, col_id=candidate_ids, margin=margin, gap=false_negative_margin, symmetric=symmetric,
-        weight=sample_weight, label_smoothing=label_smoothing, kept=kept, rank=return_stats,
-        reduction=reduction if hard is None else "none", workspace_bytes=workspace_bytes, backend=backend,
+        weight=weight, label_smoothing=label_smoothing, kept=kept, rank=return_stats, row_group=row_group,
+        reduction=local_reduction if hard is None else "none", workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     if hard is not None:
         z_NH = scale * torch.bmm(hard, query[:, :, None]).squeeze(2).to(dtype)
         more, stats = _with_further_negatives(stats, z_NH, margin * scale)
-        weight = torch.ones_like(more) if sample_weight is None else sample_weight.to(dtype)
+        weight = torch.ones_like(more) if weight is None else weight.to(dtype)
         loss = loss + (weight / 2 if symmetric else weight) * more
-        if reduction != "none":
-            divisor = weight.sum() if reduction == "mean" else 1.0
+        if local_reduction != "none":
+            divisor = weight.sum() if local_reduction == "mean" else 1.0
             loss = loss.sum() / divisor if n else loss.sum()
+    if process_group is not None and reduction != "none":
+        elsewhere = SumOverRanks.apply(loss.detach(), process_group) - loss.detach()
+        loss = loss + elsewhere
     return (loss, RowStats(*(f.detach() for f in stats))) if return_stats else loss
 
 
@@ -418,7 +452,7 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
                  symmetric: bool = False, reduction: str, weight: Tensor | None = None,
                  class_weight: Tensor | None = None, label_smoothing: float = 0.0, kept: Tensor | None = None,
                  z_loss: float = 0.0, rank: bool, process_group: ProcessGroup | None = None,
-                 batch_invariant: bool = False, workspace_bytes: int | None,
+                 row_group: str | None = None, batch_invariant: bool = False, workspace_bytes: int | None,
                  backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
     """All losses: weigh the rows, run the operator that knows their weights or the one that waits for them, reduce."""
     if not torch.compiler.is_compiling() and (_functorch_level() is not None or _forward_ad_level() >= 0):
@@ -452,7 +486,7 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     if symmetric:  # half of each direction
         weights, of_columns = weights.map(lambda v: v / 2), weight / 2
     options: Any = (softcap, ignore_index, margin, gap)
-    end: Any = (rank, need, workspace_bytes, backend, group, batch_invariant)
+    end: Any = (rank, need, workspace_bytes, backend, group, batch_invariant, row_group)
     if known and any(need[:-1]):
         loss, nll, lse, entropy, _, _, _, _, above, *_ = ops.loss_and_grads(
             x, w, target, weights.b, weights.c, weights.e, weights.q, of_columns, scale, bias, row_id, col_id, soft, x2,
@@ -543,6 +577,15 @@ def _check_positive(name: str, value: float) -> None:
 def _check_smoothing(label_smoothing: float) -> None:
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def _check_targets(target: Tensor, m: int) -> None:
+    """That targets are rows of this rank: an error on a CPU, a device-side assertion on CUDA."""
+    bad = (target < 0) | (target >= m)
+    if target.device.type == "cpu" and bad.any():
+        row = int(bad.nonzero()[0])
+        raise IndexError(f"target must be in [0, {m}), got {int(target[row])} in row {row}")
+    torch._assert_async(~bad.any(), f"target must be in [0, {m})")
 
 
 def _check_distinct(target: Tensor, m: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cosup.distributed import shard, sum_over_ranks
+from cosup.distributed import add_over_ranks, merge_columns, shard, sum_over_ranks
 from cosup.kernels.reference import ColumnState, RowState
 from cosup.plan import Strategy, plan
 from cosup.walk import Columns, Need, Problem, RowWeights, cost, default_workspace, walk
@@ -83,7 +83,8 @@ def _statistics(p: Problem, state: RowState, columns: Columns | None) -> tuple[T
     return nll, lse, entropy, soft, col_nll, top, total, above, col_entropy, col_top, col_total
 
 
-def _columns(p: Problem, weight: Tensor | None = None, top: Tensor | None = None, total: Tensor | None = None):
+def _columns(p: Problem, row_group: str | None, weight: Tensor | None = None, top: Tensor | None = None,
+             total: Tensor | None = None) -> Columns | None:  # fmt: skip
     """The columns' statistic, new or known, and the weights of rows' targets in their own softmax; None: not asked."""
     if not p.symmetric:
         return None
@@ -91,7 +92,10 @@ def _columns(p: Problem, weight: Tensor | None = None, top: Tensor | None = None
     state = ColumnState.empty(m, p.scale) if top is None or total is None else ColumnState(top, total, total)
     if weight is None:
         return Columns(state)
-    return Columns(state, torch.zeros(m, dtype=p.scale.dtype, device=p.x.device).index_copy_(0, p.target, weight))
+    of_columns = torch.zeros(m, dtype=p.scale.dtype, device=p.x.device).index_copy_(0, p.target, weight)
+    if row_group is not None:
+        add_over_ranks(of_columns, row_group)
+    return Columns(state, of_columns)
 
 
 def _picked(p: Problem, weights: RowWeights) -> RowWeights:
@@ -107,21 +111,25 @@ def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor 
               col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
               ignore_index: int | None, margin: float, gap: float | None, symmetric: bool, rank: bool, need: list[bool],
               workspace_bytes: int | None, backend: str, group: str | None, invariant: bool,
+              row_group: str | None,
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                          Tensor]:  # fmt: skip
     """nll, lse, entropy, sum_m soft[m] z[m], nll of the target's column among the rows: each [N], with derivatives;
     maximum, sum of exp(z - maximum), columns above the target; entropy of the target's column: each [N];
     maximum and sum of the columns: each [M]. What is of columns is empty unless ``symmetric``.
 
-    ``need``: which gradients a backward pass will make: of x, w, bias, x2, w2, scale.
+    ``need``: which gradients a backward pass will make: of x, w, bias, x2, w2, scale. ``row_group``: its ranks hold the
+    rows among them, and columns have the statistic over all; asked only with ``symmetric``.
     """
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap, symmetric,
                  workspace_bytes, group, invariant)  # fmt: skip
     if any(need[:GRADS]):  # a budget that will not do for the backward pass is refused now
         _plan(p, backend, invariant, grads=True, weights_known=False)
     blocks = _plan(p, backend, invariant, grads=False, weights_known=False)
-    columns = _columns(p)
+    columns = _columns(p, row_group)
     state, *_ = walk(p, blocks, backend, columns=columns, rank=rank)
+    if columns is not None and row_group is not None:
+        merge_columns(columns.state, row_group)
     return _statistics(p, state, columns)  # type: ignore[return-value]
 
 
@@ -147,6 +155,7 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
                        soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
                        ignore_index: int | None, margin: float, gap: float | None, symmetric: bool, need: list[bool],
                        workspace_bytes: int | None, backend: str, group: str | None, invariant: bool,
+                       row_group: str | None,
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dw, dbias, dx2, dw2 for upstream gradients of what ``nll_stats`` gives; empty where not needed."""
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap, symmetric,
@@ -158,7 +167,8 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
     top, total, entropy = top[rows], total[rows], entropy[rows]
     dot = torch.where(total == 0, 0.0, (total.log() - entropy) * total)  # no sum: an ignored row
     known = RowState(top, total, dot, top, top, target)  # a gradient reads the first three
-    columns = _columns(p, torch.zeros_like(grad_nll) if grad_column is None else grad_column, col_top, col_total)
+    grad_column = torch.zeros_like(grad_nll) if grad_column is None else grad_column
+    columns = _columns(p, row_group, grad_column, col_top, col_total)
     _, *grads = walk(p, blocks, backend, known=known, weights=weights, columns=columns, need=Need(*need[:GRADS]))
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
@@ -176,8 +186,8 @@ def _fake_grads(x, w, scale, x2, w2, need):
 
 
 def _stats_context(ctx, inputs, output):
-    *tensors, ctx.softcap, ctx.ignore_index, ctx.margin, ctx.gap, ctx.symmetric, _, ctx.need = inputs[:-4]
-    ctx.end = inputs[-4:]
+    *tensors, ctx.softcap, ctx.ignore_index, ctx.margin, ctx.gap, ctx.symmetric, _, ctx.need = inputs[:-5]
+    ctx.end = inputs[-5:]
     ctx.save_for_backward(*tensors, *output[:7], *output[8:])
     ctx.mark_non_differentiable(*output[5:])
     ctx.set_materialize_grads(False)
@@ -189,7 +199,7 @@ def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, grad_colum
     *tensors, nll, lse, entropy, soft_logit, col_nll, top, total, col_entropy, col_top, col_total = ctx.saved_tensors
     dx = dw = dbias = dx2 = dw2 = dscale = None
     if all(g is None for g in grads):
-        return 21 * (None,)
+        return 22 * (None,)
     if any(ctx.need[:GRADS]):
         grad_nll = torch.zeros_like(nll) if grad_nll is None else grad_nll
         options = (ctx.softcap, ctx.ignore_index, ctx.margin, ctx.gap, ctx.symmetric, ctx.need, *ctx.end)
@@ -203,7 +213,7 @@ def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, grad_colum
                              None if grad_soft is None else -grad_soft)  # fmt: skip
         of_columns = None if grad_column is None else grad_column * (col_nll - col_entropy)
         dscale = _scale_grad(weights, nll, lse, entropy, soft_logit, of_columns, tensors[3], tensors[4], dbias)
-    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *11 * [None]
+    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *12 * [None]
 
 
 def _once(*grads: Tensor | None) -> None:
@@ -237,17 +247,21 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
                    col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
                    ignore_index: int | None, margin: float, gap: float | None, rank: bool, need: list[bool],
                    workspace_bytes: int | None, backend: str, group: str | None, invariant: bool,
+                   row_group: str | None,
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                               Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum of :func:`row_losses`, what ``nll_stats`` gives, the sum's gradients as ``nll_stats_backward`` does.
     ``v`` [N]: weights of the targets' columns among the rows; None: no statistic of columns."""
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap,
                  v is not None, workspace_bytes, group, invariant)  # fmt: skip
-    blocks = _plan(p, backend, invariant, grads=True, weights_known=True)
-    weights, known, columns = RowWeights(b, c, e, q), None, _columns(p, v)
+    # columns' statistics must be merged between two sweeps where ranks hold the rows
+    blocks = _plan(p, backend, invariant, grads=True, weights_known=row_group is None)
+    weights, known, columns = RowWeights(b, c, e, q), None, _columns(p, row_group, v)
     if blocks.strategy is Strategy.RECOMPUTE:
         first = _plan(p, backend, invariant, grads=False, weights_known=True)
         known, *_ = walk(p, first, backend, columns=columns, rank=rank)
+        if columns is not None and row_group is not None:
+            merge_columns(columns.state, row_group)
     state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), known=known, columns=columns, rank=rank,
                          need=Need(*need[:GRADS]))  # fmt: skip
     statistics = _statistics(p, state, columns)
@@ -278,7 +292,7 @@ def _(x, w, target, b, c, e, q, v, scale, bias, row_id, col_id, soft, x2, w2, so
 
 
 def _grads_context(ctx, inputs, output):
-    ctx.need = inputs[-5]
+    ctx.need = inputs[-6]
     ctx.save_for_backward(*inputs[3:10], *output[1:6], output[9], *output[1 + STATS :])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -288,7 +302,7 @@ def _grads_backward(ctx, grad_loss, *_):
     _once(grad_loss)
     b, c, e, q, v, scale, bias, nll, lse, entropy, soft_logit, col_nll, col_entropy, *grads = ctx.saved_tensors
     if grad_loss is None:
-        return 25 * (None,)
+        return 26 * (None,)
     dscale = None
     if ctx.need[GRADS]:
         of_columns = None if v is None else v * (col_nll - col_entropy)
@@ -298,7 +312,7 @@ def _grads_backward(ctx, grad_loss, *_):
     dx, dw, dbias, dx2, dw2 = scaled
     rows = (nll, lse, -soft_logit, lse.square() / 2, col_nll)
     dweights = [grad_loss * r if wanted else None for r, wanted in zip(rows, ctx.needs_input_grad[3:8], strict=True)]
-    return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *10 * [None]
+    return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *11 * [None]
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:

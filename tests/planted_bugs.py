@@ -27,7 +27,7 @@ class Bug(NamedTuple):
 
 
 LOSSES, OPS, TILES = "tests/test_losses.py", "tests/test_ops.py", "tests/test_tiles.py"
-DISTRIBUTED = "tests/test_distributed.py"
+DISTRIBUTED, NCE = "tests/test_distributed.py", "tests/test_info_nce.py"
 NATIVE, STATS, GRAD = "kernels/cpu/tile_kernels.cpp", "kernels/tile_stats.py", "kernels/tile_grad.py"
 FUSED = "kernels/product_stats.py"
 BUGS = [
@@ -138,6 +138,32 @@ BUGS = [
     Bug("ranks: each plans by its own budget", "cosup/distributed.py", "min(budgets))", "budgets[group.rank()])", DISTRIBUTED),
     Bug("CUDA: the host waits for the divisor", "cosup/losses.py", "divisor = torch.where(divisor == 0, 1.0, divisor)",
         "divisor = divisor if divisor else 1.0", OPS + " -k host_reads"),
+    Bug("columns: statistic of the last row block only", "kernels/cpu/tile_kernels.cpp", "sum[j] = sum_state[j], edot[j] = dot_state[j]",
+        "sum[j] = 0, edot[j] = 0", NCE + " -k every_feature", True),
+    Bug("columns: their own target forgotten", "cosup/walk.py", "b = b + columns.weight[p.target[r]] * p.scale", "pass",
+        NCE + " -k every_feature"),
+    Bug("columns: masked for rows only", NATIVE, "{row_id ? row_id + r : nullptr, limit ? limit + r : nullptr}, z[i]);", "{}, z[i]);",
+        NCE + " -k every_feature", True),
+    Bug("columns: temperature of rows only", "cosup/ops.py", "        rows = rows + of_columns", "        pass", NCE + " -k every_feature"),
+    Bug("temperature: the bias scaled too", "cosup/ops.py", "total = total - (bias * dbias).sum(dtype=torch.float64)", "pass",
+        NCE + " -k every_feature"),
+    Bug("margin: in the statistic only", NATIVE, "z[own - first] = target_logit - f.margin;", "z[own - first] = target_logit;",
+        NCE + " -k every_feature", True),
+    Bug("false negatives: the target's own limit", "cosup/walk.py", "_target_logits(p, plan) + p.gap * p.scale",
+        "_target_logits(p, plan) + p.gap", NCE + " -k every_feature"),
+    Bug("smoothing: over those left out too", "cosup/losses.py", "(total, count) if kept is None else (kept, kept)", "(total, count)",
+        NCE + " -k every_feature"),
+    Bug("hard negatives: not in the entropy", "cosup/losses.py", "lse - mean, place", "stats.entropy, place", NCE + " -k stats"),
+    Bug("sample weight: mean over queries", "cosup/losses.py", "weights, weight = weights.map(lambda v: v / divisor), weight / divisor",
+        "weights, weight = weights.map(lambda v: v / divisor), weight / len(weight)", NCE + " -k every_feature"),
+    Bug("ranks: gradients of gathered rows stay", "cosup/distributed.py", "dist.all_to_all_single(parts, grad.contiguous()",
+        "parts.zero_() or dist.all_to_all_single(parts.clone(), grad.contiguous()", DISTRIBUTED + " -k contrastive_equals"),
+    Bug("ranks: columns of the queries here", "cosup/ops.py", "        merge_columns(columns.state, row_group)\n    return _statistics",
+        "        pass\n    return _statistics", DISTRIBUTED + " -k contrastive_equals"),
+    Bug("ranks: mean over the queries here", "cosup/losses.py", "total = SumOverRanks.apply(weight.sum(), process_group)",
+        "total = weight.sum()", DISTRIBUTED + " -k contrastive_equals"),
+    Bug("ranks: detached candidates get gradients", "cosup/distributed.py", "    if gradients:\n        return _Gather", "    if True:\n        return _Gather",
+        DISTRIBUTED + " -k own_gradients"),
     Bug("cache: passage taken in twice", "cosup/generate.py", "position_ids=cached + new", "position_ids=cached + new.clamp(max=1)",
         "tests/test_generate.py"),
     Bug("resume: random state not restored", "cosup/train.py", "        super()._load_optimizer_and_scheduler(checkpoint)\n",

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from cosup import linear_cross_entropy, linear_log_prob, plan, walk
+from cosup import info_nce, linear_cross_entropy, linear_log_prob, plan, walk
 
 N, D, V = 41, 7, 90
 SPLITS = {2: [64, 26], 3: [70, 1, 19]}  # of the head's rows
@@ -108,3 +108,75 @@ def bad_parts_are_refused(rank, world):
             assert words in str(raised), raised
         else:
             raise AssertionError(f"no {error.__name__}")
+
+
+QUERIES = {1: [5], 2: [4, 3], 3: [4, 0, 3], 4: [3, 0, 2, 0]}  # of each rank: some have none
+CANDIDATES = {1: [9], 2: [6, 3], 3: [6, 2, 3], 4: [5, 4, 2, 0]}  # and one has no candidate either
+
+
+def contrastive_equals_one_process(rank, world):
+    """gather="exact": loss, statistics and gradients of what is here are those of one process with the rows of all."""
+    n, m = QUERIES[world], CANDIDATES[world]
+    torch.manual_seed(0)
+    q, c, h, b = (torch.randn(*s, dtype=torch.float64) for s in ((sum(n), 7), (sum(m), 7), (sum(n), 2, 7), (sum(m),)))
+    temperature, weight, ids = torch.tensor(0.3, dtype=torch.float64), torch.rand(sum(n)), torch.randint(8, (sum(m),))
+    target = torch.cat([torch.randperm(k)[:i] for i, k in zip(n, m, strict=True)])
+    starts = torch.tensor([0, *m]).cumsum(0)[:-1].repeat_interleave(torch.tensor(n))
+    mine = [slice(sum(k[:rank]), sum(k[: rank + 1])) for k in (n, m)]
+    features = [{}, {"sample_weight": weight, "candidate_ids": ids, "candidate_bias": b, "label_smoothing": 0.1},
+                {"hard_negatives": h, "margin": 0.1}, {"false_negative_margin": 0.1}]  # fmt: skip
+    of_query = {"sample_weight", "hard_negatives"}
+    for options, symmetric, reduction in itertools.product(features, [False, True], ["mean", "sum", "none"]):
+        results = []
+        for here, group in (((slice(None), slice(None)), None), (mine, dist.group.WORLD)):
+            parts = {k: v[here[k not in of_query]] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+            names = [name for name, v in parts.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+            inputs = (q[here[0]], c[here[1]], *(parts[k] for k in names), temperature)
+            tensors = [t.clone().requires_grad_() for t in inputs]
+            given = parts | dict(zip(names, tensors[2:-1], strict=True))
+            loss, stats = info_nce(tensors[0], tensors[1], (target + starts if group is None else target[mine[0]]),
+                                   temperature=tensors[-1], symmetric=symmetric, reduction=reduction, return_stats=True,
+                                   process_group=group, **given)  # fmt: skip
+            up = torch.linspace(0.5, 1.5, sum(n), dtype=loss.dtype)[here[0]] if reduction == "none" else None
+            *grads, dt = torch.autograd.grad(loss, tensors, up)
+            if group is None:
+                of_rows = ["query", "candidates", *names]
+                grads = [g[mine[k not in of_query | {"query"}]] for k, g in zip(of_rows, grads, strict=True)]
+                stats, loss = [f[mine[0]] for f in stats], loss[mine[0]] if reduction == "none" else loss
+            else:
+                dist.all_reduce(dt)
+            results.append((loss, *stats, *grads, dt))
+        torch.testing.assert_close(*results)
+
+
+def contrastive_of_own_gradients_and_own_candidates(rank, world):
+    """gather="detached": gradients of the own candidates, by the own queries; "local": of all else nothing is seen."""
+    torch.manual_seed(0)
+    q, c = torch.randn(2 * world, 5, dtype=torch.float64), torch.randn(3 * world, 5, dtype=torch.float64)
+    n, m = slice(2 * rank, 2 * rank + 2), slice(3 * rank, 3 * rank + 3)
+    here, table = q[n].clone().requires_grad_(), c.clone().requires_grad_()
+    for kind in ("detached", "local"):
+        own = c[m].clone().requires_grad_()
+        loss = info_nce(here, own, process_group=dist.group.WORLD, gather=kind)
+        got = loss, *torch.autograd.grad(loss, (here, own))
+        candidates, first = (table, 3 * rank) if kind == "detached" else (table[m], 0)
+        part = info_nce(here, candidates, torch.arange(2) + first, reduction="sum") / (2 * world)
+        want = part.detach().clone()
+        dist.all_reduce(want)
+        dq, dc = torch.autograd.grad(part, (here, table))
+        torch.testing.assert_close(got, (want, dq, dc[m]))
+
+
+def bad_contrastive_options_are_refused(rank, world):
+    q, c = torch.randn(2, 5), torch.randn(3, 5)
+    for options, error, message in [
+        (dict(gather="all"), ValueError, "gather must be one of"),
+        (dict(gather="detached", symmetric=True), ValueError, 'want gather "exact" or "local" where symmetric'),
+        (dict(target=torch.tensor([0, 3])), IndexError, r"target must be in [0, 3), got 3 in row 1"),
+    ]:
+        try:
+            info_nce(q, c, process_group=dist.group.WORLD, **options)
+        except error as raised:
+            assert message in str(raised)
+        else:
+            raise AssertionError(message)

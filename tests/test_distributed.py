@@ -1,4 +1,4 @@
-"""The head split among processes: they give what one gives, with uneven parts and a rank without targets."""
+"""Losses over several processes give what one process gives, with uneven parts, and ranks without a target or query."""
 
 import pytest
 import ranks
@@ -19,3 +19,16 @@ def test_sixteen_bits_and_compile():
 
 def test_bad_parts_are_refused():
     ranks.run(ranks.bad_parts_are_refused, 2)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_contrastive_equals_one_process(world):
+    ranks.run(ranks.contrastive_equals_one_process, world)
+
+
+def test_contrastive_of_own_gradients_and_own_candidates():
+    ranks.run(ranks.contrastive_of_own_gradients_and_own_candidates, 2)
+
+
+def test_bad_contrastive_options_are_refused():
+    ranks.run(ranks.bad_contrastive_options_are_refused, 2)

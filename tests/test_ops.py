@@ -37,7 +37,7 @@ def test_opcheck(backend):
     soft = torch.rand(11)
     x2, w2 = torch.randn(7, 2, requires_grad=True), torch.randn(11, 2, requires_grad=True)
     shared = (scale, b, ids[target], ids, soft, x2, w2, 0.0)
-    end = ([True] * 6, 1 << 20, backend, None, False)
+    end = ([True] * 6, 1 << 20, backend, None, False, None)
     fixed = (scale.detach(), *shared[1:])  # the entropy has no gradient of the scale
     four = (weight, weight, weight, weight)
     for symmetric in (False, True):
@@ -46,7 +46,7 @@ def test_opcheck(backend):
         arguments = (x, w, target, *fixed, *options, symmetric, True, [True] * 5 + [False], *end[1:])
         torch.library.opcheck(ops.nll_stats, arguments)
         torch.library.opcheck(ops.loss_and_grads, (x, w, target, *four, v, *shared, *options, True, *end))
-    frozen = ([True] + 5 * [False], 1 << 20, backend, None, False)
+    frozen = ([True] + 5 * [False], 1 << 20, backend, None, False, None)
     torch.library.opcheck(ops.loss_and_grads, (x, w.detach(), target, weight.detach(), *4 * [None], scale.detach(),
                                                *6 * [None], 0.0, -100, 0.0, None, True, *frozen))  # fmt: skip
     top, of_columns = torch.randn(7), torch.rand(11)
@@ -178,5 +178,5 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
         scale = torch.ones((), device="meta")
         grads = ops.nll_stats_backward(*8 * [row], column, column, x, w, target, scale, column, None, None,
                                        column, None, None, 0.0, -100, 0.0, None, True, [True] * 3 + [False] * 3, budget,
-                                       "reference", None, False)  # fmt: skip
+                                       "reference", None, False, None)  # fmt: skip
     assert [g.shape for g in grads[:3]] == [x.shape, w.shape, b.shape]

@@ -146,8 +146,8 @@ def _show(rows: list[dict[str, Any]], queries: int, bf16: bool, seconds: float) 
     table = Table(
         title=f"first the start, then {queries:,} queries from there; {HELD_OUT} held out", title_justify="left"
     )
-    for name in ("pool", "batch", "queue", "extra", "steps", "R@10", "R@100", "loss", "seconds", "peak MB"):
-        table.add_column(name, justify="right")
+    for name in ("pool", "batch", "queue", "extra", "steps", "R@10", "R@100", "loss", "s", "MB"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         numbers = (f"{row[name]:,}" for name in ("pool", "batch", "queue", "extra", "steps"))
         shares = (f"{row[name]:.3f}" for name in ("R@10", "R@100", "nsp_loss"))
@@ -155,7 +155,7 @@ def _show(rows: list[dict[str, Any]], queries: int, bf16: bool, seconds: float) 
     console.print(table)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
     console.print(
-        f"loss: of the second half of the queries, among their pool. {device}, "
+        f"loss: of the second half of the queries, among their pool; s: of training; MB: most resident. {device}, "
         f"{'bfloat16' if bf16 else 'float32'} products, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}; {seconds:.0f} s in all",
         highlight=False,

@@ -138,7 +138,9 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
     if rank and (fused or plan.block_cols < m or p.shard is not None):
         state.target.copy_(_target_logits(p, plan))
     limit = None if p.gap is None else _target_logits(p, plan) + p.gap * p.scale
-    rows, cols = min(plan.block_rows, n), padded(-(-plan.block_cols // plan.merged_cols))
+    whole = weights is not None or rank or fused  # else strips go one after the other through the same memory
+    rows, cols = min(plan.block_rows, n), plan.block_cols if whole else plan.strip_cols
+    cols = padded(-(-cols // plan.merged_cols))
     tile_buffer = torch.empty(rows, cols * (FUSED_FIELDS if fused else 1), dtype=p.scale.dtype, device=p.x.device)
     if weights is not None:
         assert known is not None or (plan.block_cols >= m and (columns is None or plan.block_rows >= n))
@@ -153,35 +155,35 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
         for r in _spans(0, n, plan.block_rows):
             for product in products:
                 product.start_block(r)
+            coefficients = None
+            if weights is not None and known is not None:
+                coefficients = _block_coefficients(p, weights.rows(r), state.rows(r), columns, r)
+            strips: list[tuple[slice, Tensor]] = []
             if fused:
                 kernels.product_stats(products[0].x_r, p.w[s], state.rows(r), tile_buffer, rank, *_features(p, r, s))
             else:
                 tile = tile_buffer[: r.stop - r.start, : s.stop - s.start]
-                strips = [(c, tile[:, c.start - s.start : c.stop - s.start])
-                          for c in _spans(s.start, s.stop, plan.strip_cols)]  # fmt: skip
-                for c, strip in strips:
-                    for product in products:
-                        product.dots(c, strip, first=product is products[0])
-                    if known is None and columns is not None:
-                        kernels.column_stats(strip, columns.state.columns(c), *_features(p, r, c, limit))
-                if known is None:
-                    kernels.tile_stats(tile, state.rows(r), *_features(p, r, s, limit))
+                starts = [(c, c.start - s.start if whole else 0) for c in _spans(s.start, s.stop, plan.strip_cols)]
+                strips = [(c, tile[:, at : at + c.stop - c.start]) for c, at in starts]
+            for c, strip in strips:
+                for product in products:
+                    product.dots(c, strip, first=product is products[0])
+                if known is None and columns is not None:
+                    kernels.column_stats(strip, columns.state.columns(c), *_features(p, r, c, limit))
+                if known is None and not whole:
+                    kernels.tile_stats(strip, state.rows(r), *_features(p, r, c, limit))
+                if coefficients is not None:  # at once, while the cache holds it
+                    _add_gradients(p, kernels, products, dbias, r, c, strip, state.max[r], coefficients, limit)
+            if known is None and whole and not fused:
+                kernels.tile_stats(tile, state.rows(r), *_features(p, r, s, limit))
             if known is None and p.shard is not None and s.stop == m:
                 merge(state.rows(r), p.shard.holds(p.target[r], m), p.shard, rank)
             if weights is None:
                 continue
-            a, b, e, h = _row_coefficients(weights.rows(r), state.rows(r))
-            of_columns: tuple[Tensor, ...] = ()
-            if columns is not None and columns.weight is not None:
-                of_columns = columns.coefficients(p.scale)
-                b = b + columns.weight[p.target[r]] * p.scale
-            for c, strip in strips:
-                features = (*_features(p, r, c, limit), e, h, *(v[c] for v in of_columns))
-                coef = _coefficients(kernels.tile_grad, strip, p.x.dtype, state.max[r], a, b, features)
-                for product in products:
-                    product.add(c, coef)
-                if dbias is not None:
-                    dbias[c] += (coef if strip.is_cuda else strip).sum(0, dtype=p.scale.dtype)
+            if known is None:
+                coefficients = _block_coefficients(p, weights.rows(r), state.rows(r), columns, r)
+                for c, strip in strips:
+                    _add_gradients(p, kernels, products, dbias, r, c, strip, state.max[r], coefficients, limit)
             for product in products:
                 product.end_block()
         for product in products:
@@ -404,6 +406,26 @@ def _target_logits(p: Problem, plan: Plan) -> Tensor:
         logits.masked_fill_(~p.shard.holds(p.target, len(p.w)), 0.0)
         sum_over_ranks(logits, p.shard)
     return logits
+
+
+def _block_coefficients(p: Problem, weights: RowWeights, state: RowState, columns: Columns | None, r: slice):
+    """What ``tile_grad`` takes of a block's rows, and of all columns."""
+    a, b, e, h = _row_coefficients(weights, state)
+    if columns is None or columns.weight is None:
+        return a, b, e, h, ()
+    return a, b + columns.weight[p.target[r]] * p.scale, e, h, columns.coefficients(p.scale)
+
+
+def _add_gradients(p: Problem, kernels: Kernels, products: list[_Product], dbias: Tensor | None, r: slice, c: slice,
+                   strip: Tensor, shift_r: Tensor, coefficients, limit: Tensor | None) -> None:  # fmt: skip
+    """Turn a strip into gradient coefficients, and add what they give."""
+    a, b, e, h, of_columns = coefficients
+    features = (*_features(p, r, c, limit), e, h, *(v[c] for v in of_columns))
+    coef = _coefficients(kernels.tile_grad, strip, p.x.dtype, shift_r, a, b, features)
+    for product in products:
+        product.add(c, coef)
+    if dbias is not None:
+        dbias[c] += (coef if strip.is_cuda else strip).sum(0, dtype=p.scale.dtype)
 
 
 def _row_coefficients(v: RowWeights, state: RowState) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

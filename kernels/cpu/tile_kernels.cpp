@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #define NAME2(base, isa) base##_##isa
 #define NAME(base, isa) NAME2(base, isa)
@@ -167,10 +169,19 @@ void stats_row(const float* dot, int64_t S, int64_t own, const Features& f, Row 
   above_state = int32_t(above);
 }
 
+// What a softmax over the rows adds to the gradient: a[j] exp(z - shift[j]). Where all shifts of rows and columns lie
+// within SPAN of `base`, the largest, one exp(z - base) serves both, with scaled[j] = a[j] exp(base - shift[j]).
+struct Columns {
+  const float *shift, *a, *scaled;
+  float base;
+};
+
+constexpr float SPAN = 40.f;  // what underflows then is below exp(-47) of its softmax
+
 template <bool CAP>
 void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Features& f, Row row, float shift, float a,
-              float b, float e, float h, const float* col_shift, const float* col_a) {
-  if (a == 0.f && b == 0.f && e == 0.f && !col_a) {
+              float b, float e, float h, const Columns& columns) {
+  if (a == 0.f && b == 0.f && e == 0.f && !columns.a) {
     std::fill(out, out + S, 0.f);
     return;
   }
@@ -184,15 +195,22 @@ void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Featur
     run_logits<CAP>(dot, first, n, f, row, z);
     if (mine && own >= first && own < first + n) z[own - first] = target_logit - f.margin;
     float* c = out + first;
+    if (columns.scaled) {
+      const float base = columns.base, *scaled = columns.scaled + first;
+      const float of_row = a == 0.f ? 0.f : float(a * std::exp(double(base) - shift));
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const float p = fast_exp(z[j] - shift);
-      c[j] = p == 0.f ? 0.f : (a + h * (z[j] - shift)) * p;
-    }
-    if (col_a) {
-      const float *shifts = col_shift + first, *weights = col_a + first;
+      for (int64_t j = 0; j < n; ++j) c[j] = fast_exp(z[j] - base) * (of_row + scaled[j]);
+    } else {
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) c[j] += weights[j] * fast_exp(z[j] - shifts[j]);
+      for (int64_t j = 0; j < n; ++j) {
+        const float p = fast_exp(z[j] - shift);
+        c[j] = p == 0.f ? 0.f : (a + h * (z[j] - shift)) * p;
+      }
+      if (columns.a) {
+        const float *shifts = columns.shift + first, *weights = columns.a + first;
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) c[j] += weights[j] * fast_exp(z[j] - shifts[j]);
+      }
     }
     if (f.soft) {
       const float* soft = f.soft + first;
@@ -210,6 +228,20 @@ void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Featur
   }
 }
 
+// The least and the largest shift of rows and columns that have a weight.
+inline std::pair<float, float> span(const float* shift, const float* a, int64_t R, const float* col_shift,
+                                    const float* col_a, int64_t S) {
+  float low = INF, high = -INF;
+  const auto take = [&](float s, float weight) {
+    if (weight == 0.f) return;
+    low = s < low ? s : low;
+    high = s > high ? s : high;
+  };
+  for (int64_t r = 0; r < R; ++r) take(shift[r], a[r]);
+  for (int64_t j = 0; j < S; ++j) take(col_shift[j], col_a[j]);
+  return {low, high};
+}
+
 // Merge n <= CHUNK columns of a tile into their running statistic, ROWS rows at a time: those stay in the cache.
 constexpr int64_t ROWS = 32;
 
@@ -217,7 +249,7 @@ template <bool CAP>
 void stats_columns(const float* dot, int64_t R, int64_t stride, int64_t first, int64_t n, int64_t col0, const int64_t* target,
                    const Features& f, const int64_t* row_id, const float* limit, float* max_state, float* sum_state,
                    float* dot_state) {
-  float z[ROWS][CHUNK], top[CHUNK], chunk_sum[CHUNK], chunk_dot[CHUNK];
+  float logits[ROWS * CHUNK], top[CHUNK], chunk_sum[CHUNK], chunk_dot[CHUNK];
   double sum[CHUNK], edot[CHUNK];
   for (int64_t j = 0; j < n; ++j) sum[j] = sum_state[j], edot[j] = dot_state[j];
   for (int64_t start = 0; start < R; start += ROWS) {
@@ -225,10 +257,11 @@ void stats_columns(const float* dot, int64_t R, int64_t stride, int64_t first, i
     std::copy(max_state, max_state + n, top);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t r = start + i, own = target[r] - col0;
-      run_logits<CAP>(dot + r * stride, first, n, f, {row_id ? row_id + r : nullptr, limit ? limit + r : nullptr}, z[i]);
-      if (own >= first && own < first + n) z[i][own - first] = one_logit<CAP>(dot + r * stride, own, f) - f.margin;
+      float* z = logits + i * n;
+      run_logits<CAP>(dot + r * stride, first, n, f, {row_id ? row_id + r : nullptr, limit ? limit + r : nullptr}, z);
+      if (own >= first && own < first + n) z[own - first] = one_logit<CAP>(dot + r * stride, own, f) - f.margin;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) top[j] = z[i][j] > top[j] ? z[i][j] : top[j];
+      for (int64_t j = 0; j < n; ++j) top[j] = z[j] > top[j] ? z[j] : top[j];
     }
     for (int64_t j = 0; j < n; ++j) {
       if (top[j] > max_state[j]) {
@@ -242,11 +275,12 @@ void stats_columns(const float* dot, int64_t R, int64_t stride, int64_t first, i
       chunk_sum[j] = chunk_dot[j] = 0.f;
     }
     for (int64_t i = 0; i < rows; ++i) {
+      const float* z = logits + i * n;
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
-        const float e = fast_exp(z[i][j] - top[j]);
+        const float e = fast_exp(z[j] - top[j]);
         chunk_sum[j] += e;
-        chunk_dot[j] += e == 0.f ? 0.f : e * (z[i][j] - top[j]);
+        chunk_dot[j] += e == 0.f ? 0.f : e * (z[j] - top[j]);
       }
     }
 #pragma omp simd
@@ -278,12 +312,23 @@ EXPORT void NAME(cosup_tile_grad, ISA)(const float* dot, float* out, int64_t R, 
                                        float margin, const float* limit, const float* e, const float* h,
                                        const float* col_shift, const float* col_a, int threads) {
   const Features f{bias, col_id, soft, *scale, softcap, margin * *scale};
+  Columns columns{col_shift, col_a, nullptr, 0.f};
+  std::vector<float> scaled;
+  if (col_a && !h) {
+    const auto [low, high] = span(shift, a, R, col_shift, col_a, S);
+    if (high - low <= SPAN) {
+      scaled.resize(S);
+      for (int64_t j = 0; j < S; ++j) scaled[j] = col_a[j] == 0.f ? 0.f : float(col_a[j] * std::exp(double(high) - col_shift[j]));
+      columns.scaled = scaled.data();
+      columns.base = high;
+    }
+  }
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t r = 0; r < R; ++r) {
     auto* row = softcap != 0.f ? grad_row<true> : grad_row<false>;
     row(dot + r * stride, out + r * stride, S, target[r] - col0, f,
         {row_id ? row_id + r : nullptr, limit ? limit + r : nullptr}, shift[r], a[r], b[r], e ? e[r] : 0.f,
-        h ? h[r] : 0.f, col_shift, col_a);
+        h ? h[r] : 0.f, columns);
   }
 }
 
@@ -292,10 +337,11 @@ EXPORT void NAME(cosup_column_stats, ISA)(const float* dot, int64_t R, int64_t S
                                           const float* bias, const int64_t* row_id, const int64_t* col_id, float softcap,
                                           float margin, const float* limit, int threads) {
   const Features f{bias, col_id, nullptr, *scale, softcap, margin * *scale};
+  const int64_t share = (S + threads - 1) / threads, run = std::min(CHUNK, (share + 15) / 16 * 16);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t first = 0; first < S; first += CHUNK) {
+  for (int64_t first = 0; first < S; first += run) {
     auto* columns = softcap != 0.f ? stats_columns<true> : stats_columns<false>;
-    columns(dot, R, stride, first, std::min(CHUNK, S - first), col0, target, f, row_id, limit, max + first, sum + first,
+    columns(dot, R, stride, first, std::min(run, S - first), col0, target, f, row_id, limit, max + first, sum + first,
             edot + first);
   }
 }

@@ -12,7 +12,7 @@ import pytest
 import cosup
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/linear_cross_entropy.md"
+PAGES = {"linear_cross_entropy": ROOT / "docs/linear_cross_entropy.md", "info_nce": ROOT / "docs/info_nce.md"}
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -41,9 +41,10 @@ def test_readme_runs():
     run(ROOT / "README.md", own)
 
 
-def test_script_over_processes_runs(tmp_path):
+@pytest.mark.parametrize("loss", PAGES)
+def test_script_over_processes_runs(loss, tmp_path):
     """A block marked ``python torchrun`` is a script of its own."""
-    (script,) = blocks(PAGE, "python torchrun")
+    (script,) = blocks(PAGES[loss], "python torchrun")
     end = "dist.destroy_process_group()"
     assert script.count(end) == 1
     script = script.replace(end, "dist.barrier(); __import__('os')._exit(0)")  # gloo's threads may abort what unwinds
@@ -54,13 +55,18 @@ def test_script_over_processes_runs(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_every_argument_and_statistic_has_its_line():
-    text = PAGE.read_text()
+@pytest.mark.parametrize("loss", PAGES)
+def test_every_argument_has_its_line(loss):
+    text = PAGES[loss].read_text()
     lines = {cells[1]: cells for cells in (re.split(r"\s*\|\s*", line) for line in text.splitlines()) if cells[1:]}
-    for name, parameter in inspect.signature(cosup.linear_cross_entropy).parameters.items():
+    for name, parameter in inspect.signature(getattr(cosup, loss)).parameters.items():
         default = parameter.default
         shown = "" if default is parameter.empty else f"`{default!r}`".replace("'", '"')
         assert f"`{name}`" in lines, f"no line for {name}"
         assert lines[f"`{name}`"][3] == shown, f"default of {name}"
+
+
+def test_every_statistic_is_named():
+    text = PAGES["linear_cross_entropy"].read_text()
     for name in (*cosup.losses.RowStats._fields, *inspect.signature(cosup.linear_log_prob).parameters):
         assert f"`{name}`" in text, name

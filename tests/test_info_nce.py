@@ -1,5 +1,6 @@
 """info_nce's features against float64, and against the losses that people come from."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,3 +241,16 @@ def test_bad_input(bad, error, message):
     good = {"query": torch.randn(3, 8), "candidates": torch.randn(5, 8), "symmetric": True}
     with pytest.raises(error, match=message):
         info_nce(**(good | bad))
+
+
+def test_a_frozen_pool_may_be_mapped_from_a_file(tmp_path):
+    """Read slab by slab, and never written."""
+    pool = torch.randn(5000, 16)
+    np.save(tmp_path / "pool.npy", pool.numpy())
+    mapped = torch.from_numpy(np.load(tmp_path / "pool.npy", mmap_mode="c"))
+    query, target = torch.randn(7, 16, requires_grad=True), torch.randint(5000, (7,))
+    results = []
+    for candidates in (pool, mapped):
+        loss = info_nce(query, candidates, target, normalize=False, temperature=1.0, workspace_bytes=40_000)
+        results.append((loss.detach(), *torch.autograd.grad(loss, query)))
+    torch.testing.assert_close(*results)

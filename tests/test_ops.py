@@ -73,7 +73,12 @@ def test_fullgraph_compile(reduction):
         loss, stats = info_nce(x.sin(), w, temperature=t, candidate_ids=ids, reduction=reduction, return_stats=True)
         return 2 * loss + 0 * stats.rank.sum()
 
-    for loss, third in ((token, b), (sequence, temperature)):
+    def all_of_it(x, w, t):
+        return info_nce(x.sin(), w, temperature=t, candidate_ids=ids, reduction=reduction, symmetric=True, margin=0.1,
+                        hard_negatives=x[:, None].cos(), candidate_bias=w[:, 0], sample_weight=w[:33, 1].abs(),
+                        label_smoothing=0.1)  # fmt: skip
+
+    for loss, third in ((token, b), (sequence, temperature), (all_of_it, temperature)):
         compiled = torch.compile(loss, fullgraph=True)
         for n in (33, 33):
             x = torch.randn(n, 16, requires_grad=True)

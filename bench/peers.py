@@ -128,7 +128,7 @@ def contrastive(temperature: float, symmetric: bool) -> dict[str, Peer]:
     }
     if symmetric:
         return found | {"open_clip": Peer(lambda: open_clip(temperature))}
-    rows = {name: PEERS[name] for name in ("CCE exact", "QuACK base", "QuACK scaled-exp")}
+    rows = {name: PEERS[name] for name in ("CCE exact", "QuACK base", "QuACK scaled-exp") if name in PEERS}
     of_rows = {name: Peer(lambda p=peer: as_rows(p.make)(), needs_cuda=True) for name, peer in rows.items()}
     return found | of_rows | {"Inf-CL": Peer(lambda: inf_cl(temperature), needs_cuda=True)}
 
@@ -138,8 +138,10 @@ NOTHING = torch.nn.Sequential(torch.nn.Identity())  # what embeds has no part in
 
 def sentence_transformers(temperature: float, symmetric: bool, *, cached: bool) -> Loss:
     from sentence_transformers import losses as theirs
+    from sentence_transformers.util import dot_score
 
-    options = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"} if symmetric else {}
+    options: dict = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"} if symmetric else {}
+    options["similarity_fct"] = dot_score  # of vectors that are of unit length already
     if cached:
         chunked = theirs.CachedMultipleNegativesRankingLoss(NOTHING, 1 / temperature, mini_batch_size=1024, **options)
         return lambda x, w, target: chunked.calculate_loss([[x], [w]])

@@ -66,6 +66,17 @@ def test_every_method_of_info_nce_has_time_memory_and_error(results):
     for row in (rows_of(problem)[name] for name in ("cosup", "plain")):
         assert row["peak_bytes"] > 0 and all(len(row[times]) == 1 for times in TIMES)
         assert all(row[error] < 1e-5 for error in ERRORS)
+    assert problem["absent"]["sentence-transformers"] == "takes one candidate to a query"
+
+
+def test_the_peers_of_symmetric_info_nce_compute_the_same(results):
+    run("info_nce", "--shape", 12, 12, 8, "--rounds", 1, "--symmetric")
+    (problem,) = problems(results)
+    others = {"sentence-transformers", "the same, cached", "open_clip"} - set(problem["absent"])
+    assert others and problem["size"]["symmetric"]
+    for name in others | {"cosup"}:
+        row = rows_of(problem)[name]
+        assert not row["failed"] and all(row[error] < 1e-5 for error in ERRORS), name
 
 
 def test_ignored_labels_are_timed_beside_none_ignored(results):

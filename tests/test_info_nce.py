@@ -162,11 +162,11 @@ def test_stats(symmetric, hard, device):
 def test_equals_sentence_transformers(cached, symmetric):
     pytest.importorskip("sentence_transformers")
     theirs = peers.sentence_transformers(0.05, symmetric, cached=cached)
-    _equal(theirs, lambda q, c, t: info_nce(q, c, t, temperature=0.05, symmetric=symmetric))
+    _equal(theirs, lambda q, c, t: info_nce(q, c, t, temperature=0.05, normalize=False, symmetric=symmetric))
 
 
 def test_equals_sentence_transformers_with_further_candidates():
-    """Their hard negatives are candidates of every query."""
+    """Their hard negatives are candidates of every query; their default is cosine."""
     losses = pytest.importorskip("sentence_transformers.losses")
     loss = losses.MultipleNegativesRankingLoss(peers.NOTHING, 20.0)
     _equal(lambda q, c, t: loss.compute_loss_from_embeddings([q, *c.chunk(2)], t),

@@ -140,8 +140,9 @@ def sentence_transformers(temperature: float, symmetric: bool, *, cached: bool) 
     from sentence_transformers import losses as theirs
     from sentence_transformers.util import dot_score
 
-    options: dict = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"} if symmetric else {}
-    options["similarity_fct"] = dot_score  # of vectors that are of unit length already
+    options: dict = {"similarity_fct": dot_score}  # of vectors that are of unit length already
+    if symmetric:
+        options |= {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
     if cached:
         chunked = theirs.CachedMultipleNegativesRankingLoss(NOTHING, 1 / temperature, mini_batch_size=1024, **options)
         return lambda x, w, target: chunked.calculate_loss([[x], [w]])

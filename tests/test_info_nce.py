@@ -48,6 +48,7 @@ FEATURES = {
     "hard negatives": {"hard_negatives": torch.randn(N, 3, D, generator=GENERATOR)},
 }
 FEATURES["symmetric, ids"] = FEATURES["symmetric"] | FEATURES["ids"]
+FEATURES["symmetric, weight, smoothing"] = FEATURES["symmetric"] | FEATURES["sample weight"] | FEATURES["label smoothing"]
 FEATURES["smoothing, ids"] = FEATURES["label smoothing"] | FEATURES["ids"]
 FEATURES["all"] = {k: v for options in FEATURES.values() for k, v in options.items() if k != "false_negative_margin"}
 FEATURES["all, false negatives"] = FEATURES["all"] | {"false_negative_margin": 0.1, "label_smoothing": 0.0}

@@ -92,7 +92,7 @@ def bench_linear_cross_entropy(context: typer.Context) -> None:
 
 @bench.command("info_nce", context_settings=ANY_OPTION, add_help_option=False)
 def bench_info_nce(context: typer.Context) -> None:
-    """Against plain PyTorch and the bare matrix products; --help lists the options."""
+    """Against every peer that is installed, and the bare matrix products; --help lists the options."""
     from cosup.bench import info_nce
 
     info_nce.main(context.args)

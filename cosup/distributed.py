@@ -38,10 +38,7 @@ def shard(group_name: str, m: int, device: torch.device, workspace_bytes: int = 
         ValueError: On every rank, if one has no columns.
     """
     group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
-    sizes = torch.zeros(2, group.size(), dtype=torch.int64, device=device)
-    sizes[:, group.rank()] = torch.tensor([m, workspace_bytes])
-    dist.all_reduce(sizes, group=group)
-    counts, budgets = sizes.tolist()
+    counts, budgets = sizes_of_ranks(group, device, m, workspace_bytes)
     if not all(counts):
         raise ValueError(f"linear_weight must have rows on every rank of process_group, got {counts}")
     return Shard(group, sum(counts[: group.rank()]), sum(counts), max(counts), min(budgets))

@@ -46,16 +46,9 @@ def shard(group_name: str, m: int, device: torch.device, workspace_bytes: int = 
 
 def merge(state: RowState, mine: Tensor, s: Shard, rank: bool) -> None:
     """Make the statistic of columns here that of all columns, in place. ``mine``: rows whose target is here."""
-    top = state.max.clone()
-    dist.all_reduce(top, dist.ReduceOp.MAX, group=s.group)
-    safe = torch.where(top == float("-inf"), 0.0, top)
-    lag = torch.where(state.sum == 0, 0.0, state.max - safe)
-    decay = torch.exp(state.max - safe)
-    target = torch.where(mine, state.target, 0.0)
-    parts = torch.stack([state.sum * decay, (state.dot + state.sum * lag) * decay, target, state.soft])
-    dist.all_reduce(parts, group=s.group)
-    for field, merged in zip((state.max, state.sum, state.dot, state.target, state.soft), (top, *parts), strict=True):
-        field.copy_(merged)
+    merged = _merged(state, s.group, torch.where(mine, state.target, 0.0), state.soft)
+    for field, value in zip((state.max, state.sum, state.dot, state.target, state.soft), merged, strict=True):
+        field.copy_(value)
     if rank:
         dist.all_reduce(state.above, group=s.group)
 
@@ -74,15 +67,20 @@ def sum_over_ranks(t: Tensor, s: Shard) -> None:
 def merge_columns(state: ColumnState, group_name: str) -> None:
     """Make the columns' statistic over the rows here that over all ranks' rows, in place."""
     group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+    for field, value in zip(state, _merged(state, group), strict=True):
+        field.copy_(value)
+
+
+def _merged(state: RowState | ColumnState, group: dist.ProcessGroup, *others: Tensor) -> tuple[Tensor, ...]:
+    """max, sum and dot over all ranks, and the sums of others."""
     top = state.max.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     safe = torch.where(top == float("-inf"), 0.0, top)
     lag = torch.where(state.sum == 0, 0.0, state.max - safe)
     decay = torch.exp(state.max - safe)
-    parts = torch.stack([state.sum * decay, (state.dot + state.sum * lag) * decay])
+    parts = torch.stack([state.sum * decay, (state.dot + state.sum * lag) * decay, *others])
     dist.all_reduce(parts, group=group)
-    for field, merged in zip(state, (top, *parts), strict=True):
-        field.copy_(merged)
+    return top, *parts
 
 
 def add_over_ranks(t: Tensor, group_name: str) -> None:

@@ -8,11 +8,13 @@ co_supervision_loss    L = L_NTP + nsp_weight * L_NSP      (arXiv 2403.09024)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cosup import ops
 from cosup.distributed import SumOverRanks, sizes_of_ranks
@@ -319,7 +321,45 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
 
 
 def _unit(t: Tensor) -> Tensor:
-    return F.normalize(t.to(torch.promote_types(t.dtype, torch.float32)), dim=-1).to(t.dtype)
+    """Rows over their Euclidean norm, taken in float32 at least."""
+    if torch.compiler.is_compiling():
+        return F.normalize(t.to(torch.promote_types(t.dtype, torch.float32)), dim=-1).to(t.dtype)
+    return _Unit.apply(t)
+
+
+class _Unit(torch.autograd.Function):
+    """The same as PyTorch's, but part by part: neither pass makes a copy beside its result, and the backward pass
+    writes that over the gradient that comes in, which nobody else has."""
+
+    LEAST_NORM, PART = 1e-12, 1 << 22  # elements
+
+    @staticmethod
+    def parts(t: Tensor) -> Iterator[slice]:
+        step = max(1, _Unit.PART // max(1, t[:1].numel()))
+        return (slice(start, start + step) for start in range(0, len(t), step))
+
+    @staticmethod
+    def forward(ctx, t):
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        unit = torch.empty_like(t, memory_format=torch.contiguous_format)
+        norm = torch.empty(*t.shape[:-1], 1, dtype=dtype, device=t.device)
+        for part in _Unit.parts(t):
+            wide = t[part].to(dtype)
+            norm[part] = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            unit[part] = wide / norm[part].clamp(min=_Unit.LEAST_NORM)
+        ctx.save_for_backward(t, norm)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        t, norm = ctx.saved_tensors
+        for part in _Unit.parts(t):
+            long = norm[part].clamp(min=_Unit.LEAST_NORM)
+            unit, wide = t[part].to(norm.dtype) / long, grad[part].to(norm.dtype)
+            along = (wide * unit).sum(-1, keepdim=True).masked_fill(norm[part] < _Unit.LEAST_NORM, 0.0)
+            grad[part] = (wide - along * unit) / long
+        return grad
 
 
 def _with_further_negatives(stats: RowStats, z_NH: Tensor, margin: Tensor) -> tuple[Tensor, RowStats]:

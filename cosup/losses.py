@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from cosup import ops
 from cosup.distributed import SumOverRanks, sizes_of_ranks
 from cosup.distributed import gather as gather_rows
+from cosup.positives import POOLS
 from cosup.walk import RowWeights, resolve
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
 def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *, hard_negatives: Tensor | None = None,
              temperature: float | Tensor = 0.05, normalize: bool = True, symmetric: bool = False,
              query_ids: Tensor | None = None, candidate_ids: Tensor | None = None,
+             positives: tuple[Tensor, Tensor] | str | None = None, positives_pool: str = "mean",
              candidate_bias: Tensor | None = None, sample_weight: Tensor | None = None, margin: float = 0.0,
              false_negative_margin: float | None = None, label_smoothing: float = 0.0, reduction: str = "mean",
              return_stats: bool = False, process_group: ProcessGroup | None = None, gather: str = "exact",
@@ -186,6 +188,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         z[n, m] = (<q[n], c[m]> - margin [m == target[n]]) / temperature + candidate_bias[m]
         loss[n] = logsumexp_m z[n, m] - z[n, target[n]]
         loss[n] = (that + logsumexp_n' z[n', target[n]] - z[n, target[n]]) / 2         symmetric
+        loss[n] = logsumexp_m z[n, m] - pool_p z[n, p], p of positives of n            several positives
 
     Same value and gradients as ``F.cross_entropy(q @ c.T / temperature, target)`` with q, c normalised if asked, and
     symmetric as the mean of that and ``F.cross_entropy((q @ c.T / temperature).T[target], arange)``. A candidate with
@@ -203,6 +206,13 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
             Both directions come from one product: 3U where all logits fit the budget, else 4U.
         query_ids: [N] int64, the id of each query's positive; None: ``candidate_ids[target]``.
         candidate_ids: [M] int64, equal for equal passages; None: no two are equal.
+        positives: Several of each query, in place of ``target``: (start [N + 1], columns [P]), int64, where
+            columns[start[n]:start[n + 1]] are rows of ``candidates``, each once; or "ids": all candidates with the id
+            of the query. A query without any has the loss 0 and no weight in the mean. Ranks are of the best positive,
+            among the negatives. Not with ``symmetric``, ``hard_negatives``, margins, or, as lists, ids. About 64 bytes
+            to a pair are beside the workspace; on CUDA, "ids" makes the host wait for their number.
+        positives_pool: "mean": each positive's own loss, on average (the others then stand in its denominator);
+            "logsumexp": the probability of any of them.
         candidate_bias: [M] floating point, added to the logits, with a gradient: -log of the sampling probability
             corrects for popular candidates (logQ).
         sample_weight: [N] floating point, a weight of each query's loss; "mean" divides by their sum.
@@ -229,13 +239,20 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         IndexError: A target out of range (on CUDA a device-side assertion).
 
     Sources: van den Oord et al. 2018, arXiv:1807.03748, eq. 4; symmetric, Radford et al. 2021, arXiv:2103.00020;
-    margin, Wang et al. 2018, arXiv:1801.09414; logQ, Yi et al. 2019, doi:10.1145/3298689.3346996.
+    margin, Wang et al. 2018, arXiv:1801.09414; logQ, Yi et al. 2019, doi:10.1145/3298689.3346996; positives, "mean":
+    Khosla et al. 2020, arXiv:2004.11362, eq. 2, "logsumexp": Miech et al. 2020, arXiv:1912.06430.
     """  # fmt: skip
     query, candidates, _ = _autocast(query, candidates, None)
     if query.ndim != 2:
         raise ValueError(f"query must be [N, D], got {[*query.shape]}")
     _check_pair("query", query, "candidates", candidates)
     n, m = query.shape[0], candidates.shape[0]
+    if positives is not None:
+        _check_positives(positives, positives_pool, target, n, m, query_ids, candidate_ids)
+        if symmetric or margin or false_negative_margin is not None or hard_negatives is not None:
+            others = "symmetric, hard_negatives, margin and false_negative_margin"
+            raise ValueError(f"want positives or one of {others}, got both")
+        target = torch.zeros(n, dtype=torch.int64, device=query.device)
     if target is None:
         if m < n:
             raise ValueError(
@@ -278,12 +295,14 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     if normalize:
         query, candidates = _unit(query), _unit(candidates)
         hard = None if hard is None else _unit(hard)
-    weight, local_reduction, row_group = sample_weight, reduction, None
+    weight, local_reduction, row_group, first = sample_weight, reduction, None, 0
     if process_group is not None:
-        _check_targets(target, m)
+        if positives is None:
+            _check_targets(target, m)
         if gather != "local":
             _, counts = sizes_of_ranks(process_group, query.device, n, m)
-            target = target + sum(counts[: process_group.rank()])
+            first = sum(counts[: process_group.rank()])
+            target = target + first if positives is None else target
             candidates = gather_rows(candidates, counts, process_group, gradients=gather == "exact")
             if candidate_bias is not None:
                 candidate_bias = gather_rows(candidate_bias, counts, process_group, gradients=gather == "exact")
@@ -291,10 +310,14 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
                 candidate_ids = gather_rows(candidate_ids, counts, process_group, gradients=False)
             m = sum(counts)
             row_group = process_group.group_name if symmetric else None
-        if reduction == "mean":
-            weight = torch.ones_like(target, dtype=dtype) if weight is None else weight.to(dtype)
-            total = SumOverRanks.apply(weight.sum(), process_group)
-            weight, local_reduction = weight / torch.where(total == 0, 1.0, total), "sum"
+    pairs = None
+    if positives is not None:
+        pairs, has_any, query_ids, candidate_ids = _pairs(positives, first, query_ids, candidate_ids)
+        weight = has_any.to(dtype) if weight is None else weight.to(dtype) * has_any
+    if process_group is not None and reduction == "mean":
+        weight = torch.ones_like(target, dtype=dtype) if weight is None else weight.to(dtype)
+        total = SumOverRanks.apply(weight.sum(), process_group)
+        weight, local_reduction = weight / torch.where(total == 0, 1.0, total), "sum"
     kept = None
     if label_smoothing and query_ids is not None and candidate_ids is not None:
         ordered = candidate_ids.sort().values
@@ -302,10 +325,13 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         kept = m - same + (candidate_ids[target.clamp(0, m - 1)] == query_ids)
     loss, stats = _softmax_nll(
         query, candidates, target, scale, bias=None if candidate_bias is None else candidate_bias.to(dtype),
-        row_id=query_ids, col_id=candidate_ids, margin=margin, gap=false_negative_margin, symmetric=symmetric,
-        weight=weight, label_smoothing=label_smoothing, kept=kept, rank=return_stats, row_group=row_group,
+        row_id=query_ids, col_id=candidate_ids, pairs=pairs, pool=positives_pool, margin=margin,
+        gap=false_negative_margin, symmetric=symmetric, weight=weight, label_smoothing=label_smoothing, kept=kept,
+        rank=return_stats, row_group=row_group,
         reduction=local_reduction if hard is None else "none", workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
+    if pairs is not None:
+        stats = RowStats(*(f * has_any for f in stats))
     if hard is not None:
         z_NH = scale * torch.bmm(hard, query[:, :, None]).squeeze(2).to(dtype)
         more, stats = _with_further_negatives(stats, z_NH, margin * scale)
@@ -318,6 +344,15 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         elsewhere = SumOverRanks.apply(loss.detach(), process_group) - loss.detach()
         loss = loss + elsewhere
     return (loss, RowStats(*(f.detach() for f in stats))) if return_stats else loss
+
+
+def _pairs(positives: tuple[Tensor, Tensor] | str, first: int, query_ids: Tensor | None, candidate_ids: Tensor | None):
+    """The lists of positives among the columns of all ranks, which rows have any, and what ids mask then."""
+    if isinstance(positives, str):
+        start, col = ops.pairs_of_ids(query_ids, candidate_ids)
+    else:
+        start, col = positives[0], positives[1] + first
+    return (start, col), start.diff() > 0, None, None  # where ids say what is positive they leave out nothing
 
 
 def _unit(t: Tensor) -> Tensor:
@@ -487,7 +522,8 @@ def _head(input, linear_weight, target, linear_bias, lora, logit_scale, logit_so
 
 def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Tensor | None = None,
                  lora: tuple[Tensor, Tensor] | None = None,
-                 row_id: Tensor | None = None, col_id: Tensor | None = None, softcap: float = 0.0,
+                 row_id: Tensor | None = None, col_id: Tensor | None = None,
+                 pairs: tuple[Tensor, Tensor] | None = None, pool: str = "mean", softcap: float = 0.0,
                  ignore_index: int | None = None, margin: float = 0.0, gap: float | None = None,
                  symmetric: bool = False, reduction: str, weight: Tensor | None = None,
                  class_weight: Tensor | None = None, label_smoothing: float = 0.0, kept: Tensor | None = None,
@@ -505,7 +541,7 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     x2, w2 = (None, None) if lora is None else lora
     need = [grad and t is not None and t.requires_grad for t in (x, w, bias, x2, w2, scale)]
     need[2] |= need[5] and bias is not None  # the scale's gradient takes it in
-    if backend == "fused" and (any(need[:-1]) or symmetric or margin or gap is not None):
+    if backend == "fused" and (any(need[:-1]) or symmetric or margin or gap is not None or pairs is not None):
         backend = "triton"  # a second sweep's products must round as those did that the statistics are of
     # float16 waits for the upstream gradient: p / N is below its range without a loss scale, sums over N are above it
     known = reduction != "none" and x.dtype != torch.float16
@@ -525,16 +561,17 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     of_columns = None
     if symmetric:  # half of each direction
         weights, of_columns = weights.map(lambda v: v / 2), weight / 2
-    options: Any = (softcap, ignore_index, margin, gap)
+    pair_start, pair_col = (None, None) if pairs is None else pairs
+    options: Any = (softcap, ignore_index, margin, gap, pool)
     end: Any = (rank, need, workspace_bytes, backend, group, batch_invariant, row_group)
     if known and any(need[:-1]):
         loss, nll, lse, entropy, _, _, _, _, above, *_ = ops.loss_and_grads(
             x, w, target, weights.b, weights.c, weights.e, weights.q, of_columns, scale, bias, row_id, col_id, soft, x2,
-            w2, *options, *end,
+            w2, pair_start, pair_col, *options, *end,
         )  # fmt: skip
     else:
         nll, lse, entropy, soft_logit, col_nll, _, _, above, *_ = ops.nll_stats(
-            x, w, target, scale, bias, row_id, col_id, soft, x2, w2, *options, symmetric, *end
+            x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, *options, symmetric, *end
         )
         loss = ops.row_losses(weights, nll, lse, soft_logit, of_columns, col_nll)
         loss = loss[:n] if reduction == "none" else loss.sum()
@@ -626,6 +663,41 @@ def _check_targets(target: Tensor, m: int) -> None:
         row = int(bad.nonzero()[0])
         raise IndexError(f"target must be in [0, {m}), got {int(target[row])} in row {row}")
     torch._assert_async(~bad.any(), f"target must be in [0, {m})")
+
+
+def _check_positives(positives, pool, target, n: int, m: int, query_ids, candidate_ids) -> None:
+    """Lists are looked into on a CPU, and asserted on CUDA."""
+    if pool not in POOLS:
+        raise ValueError(f"positives_pool must be one of {POOLS}, got {pool!r}")
+    if target is not None:
+        raise ValueError("want target or positives, got both")
+    if isinstance(positives, str):
+        if positives != "ids":
+            raise ValueError(f'positives must be (start, columns) or "ids", got {positives!r}')
+        if query_ids is None or candidate_ids is None:
+            raise ValueError('positives "ids" wants query_ids and candidate_ids')
+        return
+    if query_ids is not None or candidate_ids is not None:
+        raise ValueError("want positives as lists or ids, got both")
+    if not isinstance(positives, tuple | list) or len(positives) != 2:
+        raise ValueError(f'positives must be (start, columns) or "ids", got {positives!r}')
+    start, col = positives
+    _check_vector("positives[0]", start, (n + 1,), col.device, torch.int64)
+    _check_vector("positives[1]", col, col.shape[:1], start.device, torch.int64)
+    falls = (start[0] != 0) | (start[-1] != len(col)) | (start.diff() < 0).any()
+    outside = (col < 0) | (col >= m)
+    key = (torch.searchsorted(start, torch.arange(len(col), device=col.device), right=True) * max(m, 1) + col).sort()
+    twice = key.values.diff() == 0
+    if col.device.type == "cpu" and not torch.compiler.is_compiling():
+        if falls:
+            raise ValueError(f"positives[0] must rise from 0 to {len(col)}, the length of positives[1], got {start}")
+        if outside.any():
+            at = int(outside.nonzero()[0])
+            raise IndexError(f"positives[1] must be in [0, {m}), got {int(col[at])} in place {at}")
+        if twice.any():
+            at = int(key.indices[twice.nonzero()[0]])
+            raise ValueError(f"positives[1] must name a candidate once for a query, got {int(col[at])} again at {at}")
+    torch._assert_async(~(falls | outside.any() | twice.any()), "positives must be lists of distinct candidates")
 
 
 def _check_distinct(target: Tensor, m: int) -> None:

@@ -61,10 +61,9 @@ class InfoNCELoss(nn.Module):
     def temperature(self) -> float | Tensor:
         return self.fixed_temperature if self.log_temperature is None else self.log_temperature.exp()
 
-    def forward(self, query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
-                query_ids: Tensor | None = None, candidate_ids: Tensor | None = None):  # fmt: skip
-        return info_nce(query, candidates, target, temperature=self.temperature, query_ids=query_ids,
-                        candidate_ids=candidate_ids, **self.options)  # fmt: skip
+    def forward(self, query: Tensor, candidates: Tensor, target: Tensor | None = None, **inputs: Any):
+        """``inputs``: what changes from call to call of :func:`cosup.info_nce`, as ``candidate_ids``."""
+        return info_nce(query, candidates, target, temperature=self.temperature, **self.options, **inputs)
 
 
 class CoSupervisionLoss(nn.Module):

@@ -9,20 +9,22 @@ Both refuse targets out of range: an ``IndexError`` on a CPU, a device-side asse
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cosup.distributed import add_over_ranks, merge_columns, shard, sum_over_ranks
 from cosup.kernels.reference import ColumnState, RowState
 from cosup.plan import Strategy, plan
-from cosup.walk import Columns, Need, Problem, RowWeights, cost, default_workspace, walk
+from cosup.positives import Positives
+from cosup.walk import Columns, Need, Problem, RowWeights, best_positives, cost, default_workspace, walk
 
-STATS = 11  # what the operators give of rows and columns: see nll_stats
+STATS = 13  # what the operators give of rows and columns: see nll_stats
 INVARIANT_ROWS = {"cpu": 64, "cuda": 256}  # every product has so many rows where no row may depend on another
 GRADS = len(Need._fields)  # ``need`` of an operator says which of these are asked, and then whether the scale's is
 
 
-def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap, symmetric,
-             workspace_bytes, group, invariant) -> Problem:  # fmt: skip
+def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
+             margin, gap, pool, symmetric, workspace_bytes, group, invariant, pair_logit=None) -> Problem:  # fmt: skip
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync) and
     where a row must stay in its place."""
     budget = default_workspace(x.device) if workspace_bytes is None else workspace_bytes
@@ -32,7 +34,12 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, i
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     vectors = (target, bias, row_id, col_id, soft)
     target, bias, row_id, col_id, soft = (t if t is None else t.contiguous() for t in vectors)
-    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, x2, w2, margin, gap, symmetric, shard=part,
+    positives = None
+    if pair_start is not None:
+        pair_logit = scale.new_zeros(len(pair_col)) if pair_logit is None else pair_logit
+        positives = Positives.of(pair_start, pair_col, pair_logit, pool)
+    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, x2, w2, margin, gap, symmetric,
+                positives=positives, shard=part,
                 workspace_bytes=budget if part is None else part.workspace_bytes)  # fmt: skip
     m = p.columns
     bad = valid & ((target < 0) | (target >= m))
@@ -62,7 +69,10 @@ def _per_row(p: Problem, state: RowState) -> tuple[Tensor, ...]:
     """What ``nll_stats`` gives, over all N rows; zeros at ignored rows."""
     nll = state.nll(p.margin * p.scale)
     above = torch.where(nll.isnan(), p.columns - 1, state.above)  # none is above a NaN: such a row is last, not first
-    fields = (nll, state.lse(), state.entropy(), state.soft, state.max, state.sum, above)
+    excess = (state.max - state.target) + p.margin * p.scale + state.dot / state.sum
+    if p.positives is not None:
+        excess = excess + p.positives.entropy()  # from the pooled logit to the mean by the positives' own softmax
+    fields = (nll, state.lse(), state.entropy(), state.soft, state.max, state.sum, above, excess)
     if p.rows is not None:
         return tuple(f.new_zeros(len(p.x)).index_copy_(0, p.rows, f) for f in fields)
     if p.skip is not None:
@@ -70,17 +80,23 @@ def _per_row(p: Problem, state: RowState) -> tuple[Tensor, ...]:
     return fields
 
 
-def _statistics(p: Problem, state: RowState, columns: Columns | None) -> tuple[Tensor, ...]:
+def _statistics(p: Problem, state: RowState, columns: Columns | None, rank: bool) -> tuple[Tensor, ...]:
     """What ``nll_stats`` gives."""
-    nll, lse, entropy, soft, top, total, above = _per_row(p, state)
+    pair_logit = p.scale.new_empty(0)
+    if p.positives is not None:
+        if rank:
+            state.above.sub_(p.positives.above(state.target, p.target))
+        state.target.copy_(p.positives.pooled())
+        pair_logit = p.positives.logit
+    nll, lse, entropy, soft, top, total, above, excess = _per_row(p, state)
     none = [p.scale.new_empty(0) for _ in range(4)]
-    col_nll, col_entropy, col_top, col_total = none
+    col_nll, col_excess, col_top, col_total = none
     if columns is not None:
         col_top, col_total, col_dot = columns.state
         of_row = ColumnState(*(v[p.target] for v in columns.state))
-        col_entropy = of_row.sum.log() - of_row.dot / of_row.sum
-        col_nll = of_row.sum.log() + (of_row.max - state.target) + p.margin * p.scale
-    return nll, lse, entropy, soft, col_nll, top, total, above, col_entropy, col_top, col_total
+        lag = (of_row.max - state.target) + p.margin * p.scale
+        col_nll, col_excess = of_row.sum.log() + lag, of_row.dot / of_row.sum + lag
+    return nll, lse, entropy, soft, col_nll, top, total, above, excess, col_excess, col_top, col_total, pair_logit
 
 
 def _columns(p: Problem, row_group: str | None, weight: Tensor | None = None, top: Tensor | None = None,
@@ -108,58 +124,62 @@ def _picked(p: Problem, weights: RowWeights) -> RowWeights:
 
 @torch.library.custom_op("cosup::nll_stats", mutates_args=())
 def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
-              col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
-              ignore_index: int | None, margin: float, gap: float | None, symmetric: bool, rank: bool, need: list[bool],
-              workspace_bytes: int | None, backend: str, group: str | None, invariant: bool,
-              row_group: str | None,
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                         Tensor]:  # fmt: skip
+              col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None,
+              pair_start: Tensor | None, pair_col: Tensor | None, softcap: float, ignore_index: int | None,
+              margin: float, gap: float | None, pool: str, symmetric: bool, rank: bool, need: list[bool],
+              workspace_bytes: int | None, backend: str, group: str | None, invariant: bool, row_group: str | None,
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                         Tensor, Tensor]:  # fmt: skip
     """nll, lse, entropy, sum_m soft[m] z[m], nll of the target's column among the rows: each [N], with derivatives;
-    maximum, sum of exp(z - maximum), columns above the target; entropy of the target's column: each [N];
-    maximum and sum of the columns: each [M]. What is of columns is empty unless ``symmetric``.
+    maximum, sum of exp(z - maximum), columns above the target, mean of z less the target's, the same for the target's
+    column among the rows: each [N]; maximum and sum of the columns: each [M]; logits of the pairs [P].
+
+    What is of columns is empty unless ``symmetric``, what is of pairs unless ``pair_start`` [N + 1] and ``pair_col``
+    [P] list several positives of each row, whose pooled logit (``cosup.positives``) then is the target's in nll.
 
     ``need``: which gradients a backward pass will make: of x, w, bias, x2, w2, scale. ``row_group``: its ranks hold the
     rows among them, and columns have the statistic over all; asked only with ``symmetric``.
     """
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap, symmetric,
-                 workspace_bytes, group, invariant)  # fmt: skip
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
+                 margin, gap, pool, symmetric, workspace_bytes, group, invariant)  # fmt: skip
     if any(need[:GRADS]):  # a budget that will not do for the backward pass is refused now
         _plan(p, backend, invariant, grads=True, weights_known=False)
     blocks = _plan(p, backend, invariant, grads=False, weights_known=False)
     columns = _columns(p, row_group)
+    p = best_positives(p, blocks) if rank else p
     state, *_ = walk(p, blocks, backend, columns=columns, rank=rank)
     if columns is not None and row_group is not None:
         merge_columns(columns.state, row_group)
-    return _statistics(p, state, columns)  # type: ignore[return-value]
+    return _statistics(p, state, columns, rank)  # type: ignore[return-value]
 
 
 @nll_stats.register_fake
 def _(x, w, target, scale, *others):
-    return _fake_statistics(w, target, scale, symmetric=others[10])
+    return _fake_statistics(w, target, scale, others[7], symmetric=others[13])
 
 
-def _fake_statistics(w, target, scale, symmetric):
-    rows = [torch.empty_like(target, dtype=scale.dtype) for _ in range(STATS - 3)]
+def _fake_statistics(w, target, scale, pair_col, symmetric):
+    rows = [torch.empty_like(target, dtype=scale.dtype) for _ in range(9)]
     rows[7:7] = [torch.empty_like(target, dtype=torch.int32)]
     m = w.shape[0] if symmetric else 0
     if not symmetric:
-        rows[4], rows[8] = scale.new_empty(0), scale.new_empty(0)
-    return *rows, scale.new_empty(m), scale.new_empty(m)
+        rows[4], rows[9] = scale.new_empty(0), scale.new_empty(0)
+    return *rows, scale.new_empty(m), scale.new_empty(m), scale.new_empty(0 if pair_col is None else pair_col.shape[0])
 
 
 @torch.library.custom_op("cosup::nll_stats_backward", mutates_args=())
 def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None, grad_soft: Tensor | None,
                        grad_column: Tensor | None, entropy: Tensor, top: Tensor, total: Tensor, col_top: Tensor,
-                       col_total: Tensor, x: Tensor, w: Tensor, target: Tensor,
-                       scale: Tensor, bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None,
-                       soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
-                       ignore_index: int | None, margin: float, gap: float | None, symmetric: bool, need: list[bool],
-                       workspace_bytes: int | None, backend: str, group: str | None, invariant: bool,
-                       row_group: str | None,
+                       col_total: Tensor, pair_logit: Tensor, x: Tensor, w: Tensor, target: Tensor, scale: Tensor,
+                       bias: Tensor | None, row_id: Tensor | None, col_id: Tensor | None, soft: Tensor | None,
+                       x2: Tensor | None, w2: Tensor | None, pair_start: Tensor | None, pair_col: Tensor | None,
+                       softcap: float, ignore_index: int | None, margin: float, gap: float | None, pool: str,
+                       symmetric: bool, need: list[bool], workspace_bytes: int | None, backend: str,
+                       group: str | None, invariant: bool, row_group: str | None,
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dw, dbias, dx2, dw2 for upstream gradients of what ``nll_stats`` gives; empty where not needed."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap, symmetric,
-                 workspace_bytes, group, invariant)  # fmt: skip
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
+                 margin, gap, pool, symmetric, workspace_bytes, group, invariant, pair_logit)  # fmt: skip
     blocks = _plan(p, backend, invariant, grads=True, weights_known=False)
     soft_weight = None if grad_soft is None else -grad_soft
     weights = _picked(p, RowWeights(grad_nll, grad_lse, soft_weight, None, grad_entropy))
@@ -174,8 +194,9 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
 
 
 @nll_stats_backward.register_fake
-def _(grad_nll, grad_lse, grad_entropy, grad_soft, grad_column, entropy, top, total, col_top, col_total, x, w, target,
-      scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap, symmetric, need, *_):  # fmt: skip
+def _(grad_nll, grad_lse, grad_entropy, grad_soft, grad_column, entropy, top, total, col_top, col_total, pair_logit, x,
+      w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index, margin, gap,
+      pool, symmetric, need, *_):  # fmt: skip
     return _fake_grads(x, w, scale, x2, w2, need)
 
 
@@ -186,8 +207,7 @@ def _fake_grads(x, w, scale, x2, w2, need):
 
 
 def _stats_context(ctx, inputs, output):
-    *tensors, ctx.softcap, ctx.ignore_index, ctx.margin, ctx.gap, ctx.symmetric, _, ctx.need = inputs[:-5]
-    ctx.end = inputs[-5:]
+    tensors, ctx.features, ctx.need, ctx.end = inputs[:12], inputs[12:-7], inputs[-6], inputs[-5:]
     ctx.save_for_backward(*tensors, *output[:7], *output[8:])
     ctx.mark_non_differentiable(*output[5:])
     ctx.set_materialize_grads(False)
@@ -196,24 +216,24 @@ def _stats_context(ctx, inputs, output):
 def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, grad_column, *_):
     grads = (grad_nll, grad_lse, grad_entropy, grad_soft, grad_column)
     _once(*grads)
-    *tensors, nll, lse, entropy, soft_logit, col_nll, top, total, col_entropy, col_top, col_total = ctx.saved_tensors
+    tensors = ctx.saved_tensors[:12]
+    nll, lse, entropy, soft_logit, col_nll, top, total, excess, col_excess, *known = ctx.saved_tensors[12:]
     dx = dw = dbias = dx2 = dw2 = dscale = None
     if all(g is None for g in grads):
-        return 22 * (None,)
+        return 25 * (None,)
     if any(ctx.need[:GRADS]):
         grad_nll = torch.zeros_like(nll) if grad_nll is None else grad_nll
-        options = (ctx.softcap, ctx.ignore_index, ctx.margin, ctx.gap, ctx.symmetric, ctx.need, *ctx.end)
-        statistics = (entropy, top, total, col_top, col_total)
-        found = nll_stats_backward(grad_nll, *grads[1:], *statistics, *tensors, *options)
+        options = (*ctx.features, ctx.need, *ctx.end)
+        found = nll_stats_backward(grad_nll, *grads[1:], entropy, top, total, *known, *tensors, *options)
         dx, dw, dbias, dx2, dw2 = (g if wanted else None for g, wanted in zip(found, ctx.need, strict=False))
     if ctx.need[GRADS]:
         if grad_entropy is not None:
             raise RuntimeError("the entropy has no gradient of the temperature")
         weights = RowWeights(torch.zeros_like(nll) if grad_nll is None else grad_nll, grad_lse,
                              None if grad_soft is None else -grad_soft)  # fmt: skip
-        of_columns = None if grad_column is None else grad_column * (col_nll - col_entropy)
-        dscale = _scale_grad(weights, nll, lse, entropy, soft_logit, of_columns, tensors[3], tensors[4], dbias)
-    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *12 * [None]
+        of_columns = None if grad_column is None else grad_column * col_excess
+        dscale = _scale_grad(weights, lse, entropy, excess, soft_logit, of_columns, *tensors[3:5], dbias)
+    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *15 * [None]
 
 
 def _once(*grads: Tensor | None) -> None:
@@ -221,9 +241,9 @@ def _once(*grads: Tensor | None) -> None:
         raise RuntimeError("cosup's losses have first derivatives only: create_graph=True is not supported")
 
 
-def _scale_grad(v: RowWeights, nll, lse, entropy, soft_logit, of_columns, scale, bias, dbias):
+def _scale_grad(v: RowWeights, lse, entropy, excess, soft_logit, of_columns, scale, bias, dbias):
     """d loss / d scale = sum_m dz[m] (z[m] - bias[m]) / scale: logits are linear in scale wherever this is asked."""
-    rows = v.b * (nll - entropy)  # E[z] - z[target]
+    rows = v.b * excess
     if v.c is not None:
         rows = rows + v.c * (lse - entropy)
     if v.q is not None:
@@ -244,19 +264,20 @@ nll_stats.register_autograd(_stats_backward, setup_context=_stats_context)
 @torch.library.custom_op("cosup::loss_and_grads", mutates_args=())
 def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | None, e: Tensor | None,
                    q: Tensor | None, v: Tensor | None, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
-                   col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None, softcap: float,
-                   ignore_index: int | None, margin: float, gap: float | None, rank: bool, need: list[bool],
-                   workspace_bytes: int | None, backend: str, group: str | None, invariant: bool,
-                   row_group: str | None,
+                   col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None,
+                   pair_start: Tensor | None, pair_col: Tensor | None, softcap: float, ignore_index: int | None,
+                   margin: float, gap: float | None, pool: str, rank: bool, need: list[bool],
+                   workspace_bytes: int | None, backend: str, group: str | None, invariant: bool, row_group: str | None,
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                              Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+                              Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum of :func:`row_losses`, what ``nll_stats`` gives, the sum's gradients as ``nll_stats_backward`` does.
     ``v`` [N]: weights of the targets' columns among the rows; None: no statistic of columns."""
-    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap,
-                 v is not None, workspace_bytes, group, invariant)  # fmt: skip
+    p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
+                 margin, gap, pool, v is not None, workspace_bytes, group, invariant)  # fmt: skip
     # columns' statistics must be merged between two sweeps where ranks hold the rows
     blocks = _plan(p, backend, invariant, grads=True, weights_known=row_group is None)
     weights, known, columns = RowWeights(b, c, e, q), None, _columns(p, row_group, v)
+    p = best_positives(p, blocks) if rank else p
     if blocks.strategy is Strategy.RECOMPUTE:
         first = _plan(p, backend, invariant, grads=False, weights_known=True)
         known, *_ = walk(p, first, backend, columns=columns, rank=rank)
@@ -264,7 +285,7 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
             merge_columns(columns.state, row_group)
     state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), known=known, columns=columns, rank=rank,
                          need=Need(*need[:GRADS]))  # fmt: skip
-    statistics = _statistics(p, state, columns)
+    statistics = _statistics(p, state, columns, rank)
     found = (x.new_empty(0) if g is None else g for g in grads)
     nll, lse, _, soft_logit, col_nll, *_ = statistics
     loss = row_losses(weights, nll, lse, soft_logit, v, col_nll).sum()
@@ -285,34 +306,34 @@ def row_losses(weights: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor
 
 
 @loss_and_grads.register_fake
-def _(x, w, target, b, c, e, q, v, scale, bias, row_id, col_id, soft, x2, w2, softcap, ignore_index, margin, gap, rank,
-      need, *_):  # fmt: skip
-    statistics = _fake_statistics(w, target, scale, symmetric=v is not None)
+def _(x, w, target, b, c, e, q, v, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap,
+      ignore_index, margin, gap, pool, rank, need, *_):  # fmt: skip
+    statistics = _fake_statistics(w, target, scale, pair_col, symmetric=v is not None)
     return torch.empty_like(scale), *statistics, *_fake_grads(x, w, scale, x2, w2, need)
 
 
 def _grads_context(ctx, inputs, output):
     ctx.need = inputs[-6]
-    ctx.save_for_backward(*inputs[3:10], *output[1:6], output[9], *output[1 + STATS :])
+    ctx.save_for_backward(*inputs[3:10], *output[1:6], *output[9:11], *output[1 + STATS :])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _grads_backward(ctx, grad_loss, *_):
     _once(grad_loss)
-    b, c, e, q, v, scale, bias, nll, lse, entropy, soft_logit, col_nll, col_entropy, *grads = ctx.saved_tensors
+    b, c, e, q, v, scale, bias, nll, lse, entropy, soft_logit, col_nll, excess, col_excess, *grads = ctx.saved_tensors
     if grad_loss is None:
-        return 26 * (None,)
+        return 29 * (None,)
     dscale = None
     if ctx.need[GRADS]:
-        of_columns = None if v is None else v * (col_nll - col_entropy)
-        weights = RowWeights(b, c, e, q)
-        dscale = grad_loss * _scale_grad(weights, nll, lse, entropy, soft_logit, of_columns, scale, bias, grads[2])
+        of_columns = None if v is None else v * col_excess
+        statistics = (lse, entropy, excess, soft_logit, of_columns)
+        dscale = grad_loss * _scale_grad(RowWeights(b, c, e, q), *statistics, scale, bias, grads[2])
     scaled = (_scaled(g, grad_loss) if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
     dx, dw, dbias, dx2, dw2 = scaled
     rows = (nll, lse, -soft_logit, lse.square() / 2, col_nll)
     dweights = [grad_loss * r if wanted else None for r, wanted in zip(rows, ctx.needs_input_grad[3:8], strict=True)]
-    return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *11 * [None]
+    return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *14 * [None]
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
@@ -355,3 +376,20 @@ def column_values(vector: Tensor, target: Tensor, group: str | None) -> tuple[Te
 @column_values.register_fake
 def _(vector, target, group):
     return vector.new_empty(target.shape), vector.new_empty(()), vector.new_empty(())
+
+
+@torch.library.custom_op("cosup::pairs_of_ids", mutates_args=())
+def pairs_of_ids(row_id: Tensor, col_id: Tensor) -> tuple[Tensor, Tensor]:
+    """start [N + 1] and columns [P]: for each row the columns of its id, ascending. The host waits for P."""
+    ids, order = col_id.sort(stable=True)
+    first = torch.searchsorted(ids, row_id)
+    count = torch.searchsorted(ids, row_id, right=True) - first
+    start = F.pad(count.cumsum(0), (1, 0))
+    row = torch.repeat_interleave(torch.arange(len(row_id), device=row_id.device), count)
+    return start, order[first[row] + torch.arange(len(row), device=row.device) - start[row]]
+
+
+@pairs_of_ids.register_fake
+def _(row_id, col_id):
+    count = torch.library.get_ctx().new_dynamic_size()
+    return row_id.new_empty(row_id.shape[0] + 1), row_id.new_empty(count)

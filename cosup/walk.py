@@ -29,6 +29,7 @@ from cosup.distributed import Shard, merge, sum_over_ranks
 from cosup.kernels import native, reference
 from cosup.kernels.reference import ColumnState, RowState
 from cosup.plan import Cost, Plan, padded
+from cosup.positives import Positives, host_reads
 
 _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
 BACKENDS = ("auto", "reference", "native", "triton", "fused")
@@ -61,6 +62,7 @@ class Problem(NamedTuple):
     symmetric: bool = False  # whether statistics of the columns are asked too
     rows: Tensor | None = None  # [n <= N] int64, the rows to visit; None: all of them
     skip: Tensor | None = None  # [N] bool, rows visited whose contents must not matter; None: none
+    positives: Positives | None = None  # of which rows have several; their target then has no part in the gradient
     shard: Shard | None = None  # which part of a table over several ranks w is; None: all of it
     workspace_bytes: int = 0  # budget beside all this, outputs and gradients
 
@@ -135,12 +137,14 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
     kernels = tile_kernels(backend, p.x)
     state = RowState.empty(n, p.scale) if known is None else known
     fused = plan.merged_cols > 1  # no logits: their products are merged as they are made
-    if rank and (fused or plan.block_cols < m or p.shard is not None):
+    if rank and known is None and (fused or plan.block_cols < m or p.shard is not None):
         state.target.copy_(_target_logits(p, plan))
     limit = None if p.gap is None else _target_logits(p, plan) + p.gap * p.scale
     whole = weights is not None or rank or fused  # else strips go one after the other through the same memory
     rows, cols = min(plan.block_rows, n), plan.block_cols if whole else plan.strip_cols
     cols = padded(-(-cols // plan.merged_cols))
+    if p.positives is not None and not host_reads(p.x):
+        cols = padded(cols + 1)  # a spare one for pairs that are elsewhere
     tile_buffer = torch.empty(rows, cols * (FUSED_FIELDS if fused else 1), dtype=p.scale.dtype, device=p.x.device)
     if weights is not None:
         assert known is not None or (plan.block_cols >= m and (columns is None or plan.block_rows >= n))
@@ -156,8 +160,9 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
             for product in products:
                 product.start_block(r)
             coefficients = None
+            positives = None if p.positives is None else p.positives.block(r)
             if weights is not None and known is not None:
-                coefficients = _block_coefficients(p, weights.rows(r), state.rows(r), columns, r)
+                coefficients = _block_coefficients(p, weights, state, columns, r, positives)
             strips: list[tuple[slice, Tensor]] = []
             if fused:
                 kernels.product_stats(products[0].x_r, p.w[s], state.rows(r), tile_buffer, rank, *_features(p, r, s))
@@ -168,6 +173,8 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
             for c, strip in strips:
                 for product in products:
                     product.dots(c, strip, first=product is products[0])
+                if known is None and positives is not None:
+                    positives.read(strip, p.col0 + c.start, p.scale, _slice(p.bias, c))
                 if known is None and columns is not None:
                     kernels.column_stats(strip, columns.state.columns(c), *_features(p, r, c, limit))
                 if known is None and not whole:
@@ -181,7 +188,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
             if weights is None:
                 continue
             if known is None:
-                coefficients = _block_coefficients(p, weights.rows(r), state.rows(r), columns, r)
+                coefficients = _block_coefficients(p, weights, state, columns, r, positives)
                 for c, strip in strips:
                     _add_gradients(p, kernels, products, dbias, r, c, strip, state.max[r], coefficients, limit)
             for product in products:
@@ -408,20 +415,37 @@ def _target_logits(p: Problem, plan: Plan) -> Tensor:
     return logits
 
 
-def _block_coefficients(p: Problem, weights: RowWeights, state: RowState, columns: Columns | None, r: slice):
-    """What ``tile_grad`` takes of a block's rows, and of all columns."""
-    a, b, e, h = _row_coefficients(weights, state)
+def best_positives(p: Problem, plan: Plan) -> Problem:
+    """Where rows have several positives, the highest of each as its target: ranks are counted from there."""
+    if p.positives is None:
+        return p
+    logit = torch.empty_like(p.positives.logit)
+    for part in _spans(0, len(logit), max(1, plan.block_rows * plan.block_cols // (2 * max(1, p.x.shape[1])))):
+        row, col = p.positives.row[part], p.positives.col[part]
+        u = (p.x[row].to(p.scale.dtype) * p.w[col]).sum(1) * p.scale
+        logit[part] = u if p.bias is None else u + p.bias[col]
+    return p._replace(target=p.positives._replace(logit=logit).best())
+
+
+def _block_coefficients(p: Problem, weights: RowWeights, state: RowState, columns: Columns | None, r: slice,
+                        positives: Positives | None):  # fmt: skip
+    """What ``tile_grad`` takes of a block's rows, and of all columns; and a function that puts the coefficients of the
+    block's pairs, where rows have several positives, into a tile of them that starts at a column."""
+    a, b, e, h = _row_coefficients(weights.rows(r), state.rows(r))
+    if positives is not None:
+        coef = positives.gradient(state.max[r], a, b, e, p.soft)
+        return a, torch.zeros_like(b), e, h, (), functools.partial(positives.write, coef=coef)
     if columns is None or columns.weight is None:
-        return a, b, e, h, ()
-    return a, b + columns.weight[p.target[r]] * p.scale, e, h, columns.coefficients(p.scale)
+        return a, b, e, h, (), None
+    return a, b + columns.weight[p.target[r]] * p.scale, e, h, columns.coefficients(p.scale), None
 
 
 def _add_gradients(p: Problem, kernels: Kernels, products: list[_Product], dbias: Tensor | None, r: slice, c: slice,
                    strip: Tensor, shift_r: Tensor, coefficients, limit: Tensor | None) -> None:  # fmt: skip
     """Turn a strip into gradient coefficients, and add what they give."""
-    a, b, e, h, of_columns = coefficients
+    a, b, e, h, of_columns, of_pairs = coefficients
     features = (*_features(p, r, c, limit), e, h, *(v[c] for v in of_columns))
-    coef = _coefficients(kernels.tile_grad, strip, p.x.dtype, shift_r, a, b, features)
+    coef = _coefficients(kernels.tile_grad, strip, p.x.dtype, shift_r, a, b, features, of_pairs)
     for product in products:
         product.add(c, coef)
     if dbias is not None:
@@ -443,14 +467,14 @@ def _over(weight: Tensor, total: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight / total)
 
 
-def _coefficients(tile_grad, tile: Tensor, dtype: torch.dtype, shift_r, a_r, b_r, features) -> Tensor:
+def _coefficients(tile_grad, tile: Tensor, dtype: torch.dtype, shift_r, a_r, b_r, features, of_pairs) -> Tensor:
     """Gradient coefficients of a tile in the operands' dtype: in its own memory, but for 16-bit ones on a CPU."""
-    if tile.is_cuda and tile.dtype != dtype:
-        half = tile.view(dtype)[:, : tile.shape[1]]  # at the front of each float32 row
-        tile_grad(tile, half, shift_r, a_r, b_r, *features)
-        return half
-    tile_grad(tile, tile, shift_r, a_r, b_r, *features)
-    return tile.to(dtype)
+    on_gpu = tile.is_cuda and tile.dtype != dtype
+    out = tile.view(dtype)[:, : tile.shape[1]] if on_gpu else tile  # at the front of each float32 row
+    tile_grad(tile, out, shift_r, a_r, b_r, *features)
+    if of_pairs is not None:
+        of_pairs(out, features[0])
+    return out if on_gpu else tile.to(dtype)
 
 
 def _accumulator(grad: Tensor | None, n: int, several: bool) -> Tensor | None:

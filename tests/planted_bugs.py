@@ -26,6 +26,7 @@ class Bug(NamedTuple):
     build: bool = False  # the native library must be rebuilt
 
 
+POSITIVES = "tests/test_positives.py"
 LOSSES, OPS, TILES = "tests/test_losses.py", "tests/test_ops.py", "tests/test_tiles.py"
 DISTRIBUTED, NCE = "tests/test_distributed.py", "tests/test_info_nce.py"
 NATIVE, STATS, GRAD = "kernels/cpu/tile_kernels.cpp", "kernels/tile_stats.py", "kernels/tile_grad.py"
@@ -164,6 +165,17 @@ BUGS = [
         "total = weight.sum()", DISTRIBUTED + " -k contrastive_equals"),
     Bug("ranks: detached candidates get gradients", "cosup/distributed.py", "    if gradients:\n        return _Gather", "    if True:\n        return _Gather",
         DISTRIBUTED + " -k own_gradients"),
+    Bug("positives: all weigh alike", "cosup/positives.py", "        return torch.exp(self.logit - self.pooled()[self.row])",
+        "        return (1 / self.counts.to(self.logit.dtype))[self.row]", POSITIVES + " -k gradcheck"),
+    Bug("positives: their coefficients not written", "cosup/walk.py", "        of_pairs(out, features[0])", "        pass", POSITIVES + " -k error"),
+    Bug("positives: one target's part besides", "cosup/walk.py", "return a, torch.zeros_like(b), e, h", "return a, b, e, h", POSITIVES + " -k error"),
+    Bug("positives: bias forgotten", "cosup/positives.py", "        if bias_S is not None:", "        if False:", POSITIVES + " -k error"),
+    Bug("positives: temperature's gradient by the pooled logit", "cosup/ops.py", "excess = excess + p.positives.entropy()", "pass", POSITIVES + " -k gradcheck"),
+    Bug("positives: rank of the first", "cosup/walk.py", "target=p.positives._replace(logit=logit).best())", "target=p.positives.best())", POSITIVES + " -k best"),
+    Bug("positives: others count in the rank", "cosup/ops.py", "state.above.sub_(p", "(p", POSITIVES + " -k before_another"),
+    Bug("positives: queries without any have weight", "cosup/losses.py", "weight.to(dtype) * has_any", "weight.to(dtype)", POSITIVES + " -k error"),
+    Bug("positives: elsewhere overwrites here", "cosup/positives.py", "torch.where(inside, col, cols), inside", "torch.where(inside, col, 0), inside", POSITIVES + " -k elsewhere"),
+    Bug("positives: columns of another rank", "cosup/losses.py", "positives[1] + first", "positives[1]", DISTRIBUTED + " -k listed"),
     Bug("cache: passage taken in twice", "cosup/generate.py", "position_ids=cached + new", "position_ids=cached + new.clamp(max=1)",
         "tests/test_generate.py"),
     Bug("resume: random state not restored", "cosup/train.py", "        super()._load_optimizer_and_scheduler(checkpoint)\n",

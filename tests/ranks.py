@@ -7,6 +7,7 @@ import tempfile
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -124,9 +125,12 @@ def contrastive_equals_one_process(rank, world):
     starts = torch.tensor([0, *m]).cumsum(0)[:-1].repeat_interleave(torch.tensor(n))
     mine = [slice(sum(k[:rank]), sum(k[: rank + 1])) for k in (n, m)]
     features = [{}, {"sample_weight": weight, "candidate_ids": ids, "candidate_bias": b, "label_smoothing": 0.1},
-                {"hard_negatives": h, "margin": 0.1}, {"false_negative_margin": 0.1}]  # fmt: skip
-    of_query = {"sample_weight", "hard_negatives"}
+                {"hard_negatives": h, "margin": 0.1}, {"false_negative_margin": 0.1},
+                {"candidate_ids": ids, "query_ids": torch.randint(10, (sum(n),)), "positives": "ids"}]  # fmt: skip
+    of_query = {"sample_weight", "hard_negatives", "query_ids"}
     for options, symmetric, reduction in itertools.product(features, [False, True], ["mean", "sum", "none"]):
+        if symmetric and "positives" in options:
+            continue
         results = []
         for here, group in (((slice(None), slice(None)), None), (mine, dist.group.WORLD)):
             parts = {k: v[here[k not in of_query]] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
@@ -134,7 +138,8 @@ def contrastive_equals_one_process(rank, world):
             inputs = (q[here[0]], c[here[1]], *(parts[k] for k in names), temperature)
             tensors = [t.clone().requires_grad_() for t in inputs]
             given = parts | dict(zip(names, tensors[2:-1], strict=True))
-            loss, stats = info_nce(tensors[0], tensors[1], (target + starts if group is None else target[mine[0]]),
+            own = target + starts if group is None else target[mine[0]]
+            loss, stats = info_nce(tensors[0], tensors[1], None if "positives" in options else own,
                                    temperature=tensors[-1], symmetric=symmetric, reduction=reduction, return_stats=True,
                                    process_group=group, **given)  # fmt: skip
             up = torch.linspace(0.5, 1.5, sum(n), dtype=loss.dtype)[here[0]] if reduction == "none" else None
@@ -147,6 +152,24 @@ def contrastive_equals_one_process(rank, world):
                 dist.all_reduce(dt)
             results.append((loss, *stats, *grads, dt))
         torch.testing.assert_close(*results)
+
+
+def listed_positives_are_own_candidates(rank, world):
+    """Their columns count from the rank's own first candidate."""
+    torch.manual_seed(0)
+    q, c = torch.randn(2 * world, 5, dtype=torch.float64), torch.randn(3 * world, 5, dtype=torch.float64)
+    n, m = slice(2 * rank, 2 * rank + 2), slice(3 * rank, 3 * rank + 3)
+    lists = torch.tensor([0, 2, 3]), torch.tensor([1, 2, 0])
+    every = F.pad(torch.tensor([2, 1]).repeat(world).cumsum(0), (1, 0))
+    columns = (lists[1] + 3 * torch.arange(world)[:, None]).reshape(-1)
+    results = []
+    everything = slice(None), slice(None), (every, columns), None
+    for rows, part, given, group in (everything, (n, m, lists, dist.group.WORLD)):
+        tensors = [q[rows].clone().requires_grad_(), c[part].clone().requires_grad_()]
+        loss = info_nce(*tensors, positives=given, positives_pool="logsumexp", process_group=group)
+        dq, dc = torch.autograd.grad(loss, tensors)
+        results.append((loss, dq[n] if group is None else dq, dc[m] if group is None else dc))
+    torch.testing.assert_close(*results)
 
 
 def contrastive_of_own_gradients_and_own_candidates(rank, world):

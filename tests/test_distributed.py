@@ -30,5 +30,9 @@ def test_contrastive_of_own_gradients_and_own_candidates():
     ranks.run(ranks.contrastive_of_own_gradients_and_own_candidates, 2)
 
 
+def test_listed_positives_are_own_candidates():
+    ranks.run(ranks.listed_positives_are_own_candidates, 2)
+
+
 def test_bad_contrastive_options_are_refused():
     ranks.run(ranks.bad_contrastive_options_are_refused, 2)

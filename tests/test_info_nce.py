@@ -54,7 +54,7 @@ FEATURES["all"] = {k: v for options in FEATURES.values() for k, v in options.ite
 FEATURES["all, false negatives"] = FEATURES["all"] | {"false_negative_margin": 0.1, "label_smoothing": 0.0}
 
 
-def formula(query, candidates, temperature, target, *, normalize=True, reduction="mean", hard_negatives=None,
+def formula(query, candidates, *, temperature, target, normalize=True, reduction="mean", hard_negatives=None,
             symmetric=False, candidate_ids=None, candidate_bias=None, sample_weight=None, margin=0.0,
             false_negative_margin=None, label_smoothing=0.0):  # fmt: skip
     """The docstring of info_nce, in PyTorch."""
@@ -103,18 +103,41 @@ def problem(dtype, device):
 def test_error_of_every_feature(feature, reduction, strategy, dtype, device):
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in FEATURES[feature].items()}
     query, candidates, target = problem(dtype, device)
-    inputs = [query, candidates, torch.tensor(0.3, dtype=dtype, device=device)]
+    inputs = [query, candidates]
     names = [name for name in ("candidate_bias", "hard_negatives") if name in options]
     inputs += [options.pop(name).to(dtype) for name in names]
     budget = workspace(strategy, query, options.get("symmetric", False))
 
-    def run(loss, query, candidates, temperature, *others, **more):
+    def run(loss, query, candidates, *others, **more):
         given = dict(zip(names, others, strict=True))
-        return loss(query, candidates, target, temperature=temperature, reduction=reduction, **options, **given, **more)
+        return loss(query, candidates, target=target, temperature=0.3, reduction=reduction, **options, **given, **more)
 
-    check(lambda *t: run(info_nce, *t, workspace_bytes=budget),
-          lambda *t: run(lambda q, c, target, *, temperature, **o: formula(q, c, temperature, target, **o), *t),
-          inputs)  # fmt: skip
+    check(lambda *t: run(info_nce, *t, workspace_bytes=budget), lambda *t: run(formula, *t), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", ["one block", "slabs"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_error_of_the_temperatures_gradient(feature, strategy, dtype, device):
+    """A single number may be exact by luck: root mean squares over several problems."""
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in FEATURES[feature].items()}
+    errors = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        query, candidates, target = problem(dtype, device)
+        budget = workspace(strategy, query, options.get("symmetric", False))
+
+        def run(loss, dtype, query=query, candidates=candidates, target=target, **more):
+            given = {k: v.to(dtype) if k in ("candidate_bias", "hard_negatives") else v for k, v in options.items()}
+            tensors = [t.to(dtype) for t in (query, candidates)]
+            temperature = torch.tensor(0.3, device=device).to(query.dtype).to(dtype).requires_grad_()
+            value = loss(*tensors, temperature=temperature, target=target, **given, **more)
+            return torch.autograd.grad(value, temperature)[0].double()
+
+        truth = run(formula, torch.float64)
+        errors.append([run(info_nce, dtype, workspace_bytes=budget) - truth, run(formula, dtype) - truth, truth])
+    ours, theirs, size = torch.tensor(errors).square().mean(0).sqrt().tolist()
+    assert ours <= 2 * (theirs + 0.5 * torch.finfo(dtype).eps * size)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -197,7 +220,7 @@ def test_low_temperature_in_sixteen_bits(device):
     """Logits to 100, in both directions: finite, and no worse than plain PyTorch."""
     query, candidates, target = problem(torch.bfloat16, device)
     check(lambda q, c, t: info_nce(q, c, target, temperature=t, symmetric=True),
-          lambda q, c, t: formula(q, c, t, target, symmetric=True),
+          lambda q, c, t: formula(q, c, temperature=t, target=target, symmetric=True),
           (query, candidates, torch.tensor(0.01, dtype=torch.bfloat16, device=device)))  # fmt: skip
 
 

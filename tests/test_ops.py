@@ -36,26 +36,33 @@ def test_opcheck(backend):
     target, ids = torch.randperm(11)[:7], torch.randint(5, (11,))
     soft = torch.rand(11)
     x2, w2 = torch.randn(7, 2, requires_grad=True), torch.randn(11, 2, requires_grad=True)
-    shared = (scale, b, ids[target], ids, soft, x2, w2, 0.0)
+    lists = torch.tensor([0, 2, 2, 3, 4, 5, 6, 7]), torch.randperm(11)[:7]
+    shared = (scale, b, ids[target], ids, soft, x2, w2, None, None, 0.0)
     end = ([True] * 6, 1 << 20, backend, None, False, None)
     fixed = (scale.detach(), *shared[1:])  # the entropy has no gradient of the scale
     four = (weight, weight, weight, weight)
     for symmetric in (False, True):
-        options = (None, 0.1, 5.0)  # ignore_index, margin, gap
+        options = (None, 0.1, 5.0, "")  # ignore_index, margin, gap, pool
         v = weight if symmetric else None
         arguments = (x, w, target, *fixed, *options, symmetric, True, [True] * 5 + [False], *end[1:])
         torch.library.opcheck(ops.nll_stats, arguments)
         torch.library.opcheck(ops.loss_and_grads, (x, w, target, *four, v, *shared, *options, True, *end))
+    several = (scale, b, None, None, soft, None, None, *lists, 0.0, None, 0.0, None, "logsumexp")
+    arguments = (x, w, target, scale.detach(), *several[1:], False, True, [True] * 3 + [False] * 3, *end[1:])
+    torch.library.opcheck(ops.nll_stats, arguments)
+    of_three = ([True] * 3 + [False] * 2 + [True], *end[1:])
+    torch.library.opcheck(ops.loss_and_grads, (x, w, target, *four, None, *several, True, *of_three))
     frozen = ([True] + 5 * [False], 1 << 20, backend, None, False, None)
     torch.library.opcheck(ops.loss_and_grads, (x, w.detach(), target, weight.detach(), *4 * [None], scale.detach(),
-                                               *6 * [None], 0.0, -100, 0.0, None, True, *frozen))  # fmt: skip
+                                               *8 * [None], 0.0, -100, 0.0, None, "", True, *frozen))  # fmt: skip
     top, of_columns = torch.randn(7), torch.rand(11)
     x, w, scale, weight, x2, w2 = (t.detach() for t in (x, w, scale, weight, x2, w2))
-    upstream, known = (weight, top, top, top, top), (weight, top, weight, of_columns, of_columns)
-    options = (None, 0.0, None, True)
-    arguments = (*upstream, *known, x, w, target, scale, None, None, None, soft, x2, w2, 0.0, *options, *end)
+    upstream, known = (weight, top, top, top, top), (weight, top, weight, of_columns, of_columns, torch.rand(0))
+    options = (None, None, 0.0, None, 0.0, None, "", True)
+    arguments = (*upstream, *known, x, w, target, scale, None, None, None, soft, x2, w2, *options, *end)
     torch.library.opcheck(ops.nll_stats_backward, arguments)
     torch.library.opcheck(ops.column_values, (soft, target, None))
+    torch.library.opcheck(ops.pairs_of_ids, (ids[target], ids))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -186,9 +193,12 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
                      return_stats=True, **common)  # fmt: skip
             info_nce(x, w, target, candidate_ids=ids, label_smoothing=0.1, reduction=reduction, **common)
             info_nce(x, w, target, false_negative_margin=0.1, reduction=reduction, **common)
+            lists = torch.zeros(301, dtype=torch.int64, device="meta"), ids[:400]
+            info_nce(x, w, positives=lists, positives_pool="logsumexp", temperature=row[0], reduction=reduction,
+                     candidate_bias=column, label_smoothing=0.1, return_stats=True, **common)  # fmt: skip
         linear_log_prob(x, w, target, linear_bias=b, temperature=0.7, **common)
         scale = torch.ones((), device="meta")
-        grads = ops.nll_stats_backward(*8 * [row], column, column, x, w, target, scale, column, None, None,
-                                       column, None, None, 0.0, -100, 0.0, None, True, [True] * 3 + [False] * 3, budget,
-                                       "reference", None, False, None)  # fmt: skip
+        grads = ops.nll_stats_backward(*8 * [row], column, column, row[:0], x, w, target, scale, column, None, None,
+                                       column, None, None, None, None, 0.0, -100, 0.0, None, "", True,
+                                       [True] * 3 + [False] * 3, budget, "reference", None, False, None)  # fmt: skip
     assert [g.shape for g in grads[:3]] == [x.shape, w.shape, b.shape]

@@ -83,6 +83,47 @@ def _merged(state: RowState | ColumnState, group: dist.ProcessGroup, *others: Te
     return top, *parts
 
 
+def joined(one: ColumnState, other: ColumnState) -> ColumnState:
+    """The statistic over the rows of both."""
+    top = torch.maximum(one.max, other.max)
+    safe = torch.where(top == float("-inf"), 0.0, top)
+    total, dot = torch.zeros_like(top), torch.zeros_like(top)
+    for state in (one, other):
+        decay = torch.exp(state.max - safe)
+        lag = torch.where(state.sum == 0, 0.0, state.max - safe)
+        total += state.sum * decay
+        dot += (state.dot + state.sum * lag) * decay
+    return ColumnState(top, total, dot)
+
+
+class Peers:
+    """The ranks of a group, each with so many candidates. Making it is collective, and waits for the answer."""
+
+    def __init__(self, group_name: str, count: int, device: torch.device):
+        self.group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+        self.rank, self.world = self.group.rank(), self.group.size()
+        (self.counts,) = sizes_of_ranks(self.group, device, count)
+
+    def swap(self, sent: list[Tensor], to: int, found: list[Tensor], by: int) -> Swap:
+        """Send tensors to a rank and take others, in place, from a rank, while the caller goes on; none from itself."""
+        if to == self.rank:
+            return Swap([], [])
+        to, by = (dist.get_global_rank(self.group, peer) for peer in (to, by))
+        sent = [t.contiguous() for t in sent]
+        sends = [dist.P2POp(dist.isend, t, to, self.group) for t in sent if t.numel()]
+        takes = [dist.P2POp(dist.irecv, t, by, self.group) for t in found if t.numel()]
+        return Swap(dist.batch_isend_irecv(sends + takes) if sends + takes else [], sent)
+
+
+class Swap(NamedTuple):
+    works: list[dist.Work]
+    sent: list[Tensor]  # kept until they have left
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
 def add_over_ranks(t: Tensor, group_name: str) -> None:
     """t += those of the other ranks."""
     dist.all_reduce(t, group=dist.distributed_c10d._resolve_process_group(group_name))  # type: ignore[arg-type]

@@ -20,13 +20,15 @@ from cosup import ops
 from cosup.distributed import SumOverRanks, sizes_of_ranks
 from cosup.distributed import gather as gather_rows
 from cosup.positives import POOLS
-from cosup.walk import RowWeights, resolve
+from cosup.walk import RowWeights, default_workspace, resolve
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("mean", "sum", "none")
 GATHERS = ("exact", "detached", "local")
+LAYOUTS = ("auto", "all_gather", "ring")
+RING_WORKSPACES = 4  # more of them than this are not gathered
 MODES = ("joint", "ntp", "nsp")
 
 
@@ -181,7 +183,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
              candidate_bias: Tensor | None = None, sample_weight: Tensor | None = None, margin: float = 0.0,
              false_negative_margin: float | None = None, label_smoothing: float = 0.0, reduction: str = "mean",
              return_stats: bool = False, process_group: ProcessGroup | None = None, gather: str = "exact",
-             workspace_bytes: int | None = None,
+             layout: str = "auto", workspace_bytes: int | None = None,
              backend: str = "auto") -> Tensor | tuple[Tensor, RowStats]:  # fmt: skip
     """Contrastive loss of queries against a pool of candidates; the similarity matrix is never stored whole.
 
@@ -229,6 +231,9 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
             the others how many rows are here, and waits; all ranks make the same calls and ask the same gradients.
         gather: Which candidates a query sees. "exact": those of all ranks, with gradients: as one process with all rows
             in rank order. "detached": those of all ranks, but gradients go to the own ones only. "local": the own ones.
+        layout: How ``gather="exact"`` is done. "all_gather": each rank holds all candidates, and their gradient.
+            "ring": each rank's go round, two ranks' are held at a time, and each is multiplied twice (4U). "auto": a
+            ring where all of them and their gradient take more than four workspaces.
         workspace_bytes, backend: As in :func:`linear_cross_entropy`.
 
     Returns:
@@ -271,15 +276,19 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         _check_vector("candidate_bias", candidate_bias, (m,), query.device, None)
     if sample_weight is not None:
         _check_vector("sample_weight", sample_weight, (n,), query.device, None)
-    for name, value in {"margin": margin, "false_negative_margin": false_negative_margin or 0.0}.items():
-        if not isinstance(value, float | int) or not abs(value) < float("inf"):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
+    for name, number in {"margin": margin, "false_negative_margin": false_negative_margin or 0.0}.items():
+        if not isinstance(number, float | int) or not abs(number) < float("inf"):
+            raise ValueError(f"{name} must be a finite number, got {number!r}")
     _check_smoothing(label_smoothing)
     if label_smoothing and false_negative_margin is not None:
         raise ValueError("want label_smoothing or false_negative_margin, got both")
     _check_reduction(reduction)
-    if gather not in GATHERS:
-        raise ValueError(f"gather must be one of {GATHERS}, got {gather!r}")
+    for name, value, choices in (("gather", gather, GATHERS), ("layout", layout, LAYOUTS)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    by_id = isinstance(positives, str)
+    if layout == "ring" and (gather != "exact" or by_id):
+        raise ValueError('layout "ring" wants gather "exact" and positives as lists, if any')
     if process_group is not None and symmetric and gather == "detached":
         raise ValueError('want gather "exact" or "local" where symmetric, got "detached"')
     if symmetric:
@@ -295,21 +304,27 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     if normalize:
         query, candidates = _unit(query), _unit(candidates)
         hard = None if hard is None else _unit(hard)
-    weight, local_reduction, row_group, first = sample_weight, reduction, None, 0
+    weight, local_reduction, first, everyone, ring = sample_weight, reduction, 0, None, False
+    own_ids = candidate_ids
     if process_group is not None:
         if positives is None:
             _check_targets(target, m)
         if gather != "local":
-            _, counts = sizes_of_ranks(process_group, query.device, n, m)
-            first = sum(counts[: process_group.rank()])
+            budget = default_workspace(query.device) if workspace_bytes is None else workspace_bytes
+            _, counts, budgets = sizes_of_ranks(process_group, query.device, n, m, budget)
+            first, m, everyone = sum(counts[: process_group.rank()]), sum(counts), process_group.group_name
             target = target + first if positives is None else target
-            candidates = gather_rows(candidates, counts, process_group, gradients=gather == "exact")
-            if candidate_bias is not None:
-                candidate_bias = gather_rows(candidate_bias, counts, process_group, gradients=gather == "exact")
+            held = 2 * m * query.shape[1] * query.element_size()
+            large = gather == "exact" and not by_id and held > RING_WORKSPACES * min(budgets)
+            ring = layout == "ring" or (layout == "auto" and large)
+            exact = gather == "exact"
             if candidate_ids is not None:
                 candidate_ids = gather_rows(candidate_ids, counts, process_group, gradients=False)
-            m = sum(counts)
-            row_group = process_group.group_name if symmetric else None
+            if not ring:
+                candidates = gather_rows(candidates, counts, process_group, gradients=exact)
+                own_ids = candidate_ids
+                if candidate_bias is not None:
+                    candidate_bias = gather_rows(candidate_bias, counts, process_group, gradients=exact)
     pairs = None
     if positives is not None:
         pairs, has_any, query_ids, candidate_ids = _pairs(positives, first, query_ids, candidate_ids)
@@ -323,12 +338,15 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         ordered = candidate_ids.sort().values
         same = torch.searchsorted(ordered, query_ids, right=True) - torch.searchsorted(ordered, query_ids)
         kept = m - same + (candidate_ids[target.clamp(0, m - 1)] == query_ids)
+    elif label_smoothing:
+        kept = torch.full((), m, device=query.device)
     loss, stats = _softmax_nll(
         query, candidates, target, scale, bias=None if candidate_bias is None else candidate_bias.to(dtype),
-        row_id=query_ids, col_id=candidate_ids, pairs=pairs, pool=positives_pool, margin=margin,
-        gap=false_negative_margin, symmetric=symmetric, weight=weight, label_smoothing=label_smoothing, kept=kept,
-        rank=return_stats, row_group=row_group,
-        reduction=local_reduction if hard is None else "none", workspace_bytes=workspace_bytes, backend=backend,
+        row_id=query_ids, col_id=None if query_ids is None else own_ids, pairs=pairs, pool=positives_pool,
+        margin=margin, gap=false_negative_margin, symmetric=symmetric, weight=weight, label_smoothing=label_smoothing,
+        kept=kept, rank=return_stats, row_group=everyone if symmetric and not ring else None,
+        ring=everyone if ring else None, reduction=local_reduction if hard is None else "none",
+        workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     if pairs is not None:
         stats = RowStats(*(f * has_any for f in stats))
@@ -528,8 +546,8 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
                  symmetric: bool = False, reduction: str, weight: Tensor | None = None,
                  class_weight: Tensor | None = None, label_smoothing: float = 0.0, kept: Tensor | None = None,
                  z_loss: float = 0.0, rank: bool, process_group: ProcessGroup | None = None,
-                 row_group: str | None = None, batch_invariant: bool = False, workspace_bytes: int | None,
-                 backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
+                 row_group: str | None = None, ring: str | None = None, batch_invariant: bool = False,
+                 workspace_bytes: int | None, backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
     """All losses: weigh the rows, run the operator that knows their weights or the one that waits for them, reduce."""
     if not torch.compiler.is_compiling() and (_functorch_level() is not None or _forward_ad_level() >= 0):
         raise RuntimeError("cosup's losses have reverse-mode gradients only: no torch.func transform, no forward mode")
@@ -544,7 +562,7 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
     if backend == "fused" and (any(need[:-1]) or symmetric or margin or gap is not None or pairs is not None):
         backend = "triton"  # a second sweep's products must round as those did that the statistics are of
     # float16 waits for the upstream gradient: p / N is below its range without a loss scale, sums over N are above it
-    known = reduction != "none" and x.dtype != torch.float16
+    known = reduction != "none" and x.dtype != torch.float16 and ring is None
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     weight = torch.ones_like(valid, dtype=scale.dtype) if weight is None else weight.to(scale.dtype)
     weight = weight.masked_fill(~valid, 0.0)
@@ -571,7 +589,8 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
         )  # fmt: skip
     else:
         nll, lse, entropy, soft_logit, col_nll, _, _, above, *_ = ops.nll_stats(
-            x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, *options, symmetric, *end
+            x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, *options, symmetric, *end,
+            ring,
         )
         loss = ops.row_losses(weights, nll, lse, soft_logit, of_columns, col_nll)
         loss = loss[:n] if reduction == "none" else loss.sum()

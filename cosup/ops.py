@@ -8,15 +8,29 @@ Both refuse targets out of range: an ``IndexError`` on a CPU, a device-side asse
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosup.distributed import add_over_ranks, merge_columns, shard, sum_over_ranks
+from cosup import ring as ring_walk
+from cosup.distributed import Peers, add_over_ranks, merge_columns, shard, sum_over_ranks
 from cosup.kernels.reference import ColumnState, RowState
 from cosup.plan import Strategy, plan
 from cosup.positives import Positives
-from cosup.walk import Columns, Need, Problem, RowWeights, best_positives, cost, default_workspace, walk
+from cosup.walk import (
+    Columns,
+    Need,
+    Problem,
+    RowWeights,
+    best_positives,
+    cost,
+    default_workspace,
+    limited,
+    walk,
+)
 
 STATS = 13  # what the operators give of rows and columns: see nll_stats
 INVARIANT_ROWS = {"cpu": 64, "cuda": 256}  # every product has so many rows where no row may depend on another
@@ -24,7 +38,8 @@ GRADS = len(Need._fields)  # ``need`` of an operator says which of these are ask
 
 
 def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
-             margin, gap, pool, symmetric, workspace_bytes, group, invariant, pair_logit=None) -> Problem:  # fmt: skip
+             margin, pool, symmetric, workspace_bytes, group, invariant, pair_logit=None,
+             peers: Peers | None = None) -> Problem:  # fmt: skip
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync) and
     where a row must stay in its place."""
     budget = default_workspace(x.device) if workspace_bytes is None else workspace_bytes
@@ -38,10 +53,12 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
     if pair_start is not None:
         pair_logit = scale.new_zeros(len(pair_col)) if pair_logit is None else pair_logit
         positives = Positives.of(pair_start, pair_col, pair_logit, pool)
-    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, x2, w2, margin, gap, symmetric,
-                positives=positives, shard=part,
+    col0, m = (0, len(w)) if part is None else (part.start, part.columns)
+    if peers is not None:
+        col0, m = sum(peers.counts[: peers.rank]), sum(peers.counts)
+    p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, x2, w2, margin, symmetric=symmetric,
+                positives=positives, col0=col0, columns=m, shard=part,
                 workspace_bytes=budget if part is None else part.workspace_bytes)  # fmt: skip
-    m = p.columns
     bad = valid & ((target < 0) | (target >= m))
     if x.device.type == "cpu":
         if bad.any():
@@ -93,10 +110,16 @@ def _statistics(p: Problem, state: RowState, columns: Columns | None, rank: bool
     col_nll, col_excess, col_top, col_total = none
     if columns is not None:
         col_top, col_total, col_dot = columns.state
-        of_row = ColumnState(*(v[p.target] for v in columns.state))
+        of_row = ColumnState(*(v[p.target - p.col0] for v in columns.state))
         lag = (of_row.max - state.target) + p.margin * p.scale
         col_nll, col_excess = of_row.sum.log() + lag, of_row.dot / of_row.sum + lag
     return nll, lse, entropy, soft, col_nll, top, total, above, excess, col_excess, col_top, col_total, pair_logit
+
+
+def _ready(p: Problem, blocks, gap: float | None, rank: bool) -> Problem:
+    """With what must be known of targets before a sweep."""
+    p = p if gap is None else limited(p, blocks, gap)
+    return best_positives(p, blocks) if rank else p
 
 
 def _columns(p: Problem, row_group: str | None, weight: Tensor | None = None, top: Tensor | None = None,
@@ -108,7 +131,7 @@ def _columns(p: Problem, row_group: str | None, weight: Tensor | None = None, to
     state = ColumnState.empty(m, p.scale) if top is None or total is None else ColumnState(top, total, total)
     if weight is None:
         return Columns(state)
-    of_columns = torch.zeros(m, dtype=p.scale.dtype, device=p.x.device).index_copy_(0, p.target, weight)
+    of_columns = torch.zeros(m, dtype=p.scale.dtype, device=p.x.device).index_copy_(0, p.target - p.col0, weight)
     if row_group is not None:
         add_over_ranks(of_columns, row_group)
     return Columns(state, of_columns)
@@ -128,6 +151,7 @@ def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor 
               pair_start: Tensor | None, pair_col: Tensor | None, softcap: float, ignore_index: int | None,
               margin: float, gap: float | None, pool: str, symmetric: bool, rank: bool, need: list[bool],
               workspace_bytes: int | None, backend: str, group: str | None, invariant: bool, row_group: str | None,
+              ring: str | None,
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                          Tensor, Tensor]:  # fmt: skip
     """nll, lse, entropy, sum_m soft[m] z[m], nll of the target's column among the rows: each [N], with derivatives;
@@ -138,15 +162,21 @@ def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor 
     [P] list several positives of each row, whose pooled logit (``cosup.positives``) then is the target's in nll.
 
     ``need``: which gradients a backward pass will make: of x, w, bias, x2, w2, scale. ``row_group``: its ranks hold the
-    rows among them, and columns have the statistic over all; asked only with ``symmetric``.
+    rows among them, and columns have the statistic over all; asked only with ``symmetric``. ``ring``: its ranks hold
+    rows and columns among them; targets are among the columns of all, and here.
     """
+    peers = None if ring is None else Peers(ring, len(w), w.device)
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
-                 margin, gap, pool, symmetric, workspace_bytes, group, invariant)  # fmt: skip
+                 margin, pool, symmetric, workspace_bytes, group, invariant, peers=peers)  # fmt: skip
     if any(need[:GRADS]):  # a budget that will not do for the backward pass is refused now
         _plan(p, backend, invariant, grads=True, weights_known=False)
     blocks = _plan(p, backend, invariant, grads=False, weights_known=False)
+    p = _ready(p, blocks, gap, rank)
+    if peers is not None:
+        planned = functools.partial(_plan, backend=backend, invariant=False, grads=False, weights_known=False)
+        state, columns = ring_walk.statistics(p, peers, planned, backend, rank)
+        return _statistics(p, state, columns, rank)  # type: ignore[return-value]
     columns = _columns(p, row_group)
-    p = best_positives(p, blocks) if rank else p
     state, *_ = walk(p, blocks, backend, columns=columns, rank=rank)
     if columns is not None and row_group is not None:
         merge_columns(columns.state, row_group)
@@ -175,12 +205,15 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
                        x2: Tensor | None, w2: Tensor | None, pair_start: Tensor | None, pair_col: Tensor | None,
                        softcap: float, ignore_index: int | None, margin: float, gap: float | None, pool: str,
                        symmetric: bool, need: list[bool], workspace_bytes: int | None, backend: str,
-                       group: str | None, invariant: bool, row_group: str | None,
+                       group: str | None, invariant: bool, row_group: str | None, ring: str | None,
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dw, dbias, dx2, dw2 for upstream gradients of what ``nll_stats`` gives; empty where not needed."""
+    peers = None if ring is None else Peers(ring, len(w), w.device)
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
-                 margin, gap, pool, symmetric, workspace_bytes, group, invariant, pair_logit)  # fmt: skip
-    blocks = _plan(p, backend, invariant, grads=True, weights_known=False)
+                 margin, pool, symmetric, workspace_bytes, group, invariant, pair_logit, peers)  # fmt: skip
+    planned = functools.partial(_plan, backend=backend, invariant=invariant, grads=True, weights_known=False)
+    blocks = planned(p)
+    p = _ready(p, blocks, gap, rank=False)
     soft_weight = None if grad_soft is None else -grad_soft
     weights = _picked(p, RowWeights(grad_nll, grad_lse, soft_weight, None, grad_entropy))
     rows = slice(None) if p.rows is None else p.rows
@@ -189,7 +222,11 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
     known = RowState(top, total, dot, top, top, target)  # a gradient reads the first three
     grad_column = torch.zeros_like(grad_nll) if grad_column is None else grad_column
     columns = _columns(p, row_group, grad_column, col_top, col_total)
-    _, *grads = walk(p, blocks, backend, known=known, weights=weights, columns=columns, need=Need(*need[:GRADS]))
+    asked: Any = {"weights": weights, "known": known, "columns": columns, "need": Need(*need[:GRADS])}
+    if peers is None:
+        _, *grads = walk(p, blocks, backend, **asked)
+    else:
+        grads = [*ring_walk.gradients(p, peers, planned, backend, **asked), None, None]
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
@@ -207,7 +244,7 @@ def _fake_grads(x, w, scale, x2, w2, need):
 
 
 def _stats_context(ctx, inputs, output):
-    tensors, ctx.features, ctx.need, ctx.end = inputs[:12], inputs[12:-7], inputs[-6], inputs[-5:]
+    tensors, ctx.features, ctx.need, ctx.end = inputs[:12], inputs[12:-8], inputs[-7], inputs[-6:]
     ctx.save_for_backward(*tensors, *output[:7], *output[8:])
     ctx.mark_non_differentiable(*output[5:])
     ctx.set_materialize_grads(False)
@@ -220,7 +257,7 @@ def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, grad_colum
     nll, lse, entropy, soft_logit, col_nll, top, total, excess, col_excess, *known = ctx.saved_tensors[12:]
     dx = dw = dbias = dx2 = dw2 = dscale = None
     if all(g is None for g in grads):
-        return 25 * (None,)
+        return 26 * (None,)
     if any(ctx.need[:GRADS]):
         grad_nll = torch.zeros_like(nll) if grad_nll is None else grad_nll
         options = (*ctx.features, ctx.need, *ctx.end)
@@ -233,7 +270,7 @@ def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, grad_colum
                              None if grad_soft is None else -grad_soft)  # fmt: skip
         of_columns = None if grad_column is None else grad_column * col_excess
         dscale = _scale_grad(weights, lse, entropy, excess, soft_logit, of_columns, *tensors[3:5], dbias)
-    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *15 * [None]
+    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *16 * [None]
 
 
 def _once(*grads: Tensor | None) -> None:
@@ -273,11 +310,11 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
     """The sum of :func:`row_losses`, what ``nll_stats`` gives, the sum's gradients as ``nll_stats_backward`` does.
     ``v`` [N]: weights of the targets' columns among the rows; None: no statistic of columns."""
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
-                 margin, gap, pool, v is not None, workspace_bytes, group, invariant)  # fmt: skip
+                 margin, pool, v is not None, workspace_bytes, group, invariant)  # fmt: skip
     # columns' statistics must be merged between two sweeps where ranks hold the rows
     blocks = _plan(p, backend, invariant, grads=True, weights_known=row_group is None)
     weights, known, columns = RowWeights(b, c, e, q), None, _columns(p, row_group, v)
-    p = best_positives(p, blocks) if rank else p
+    p = _ready(p, blocks, gap, rank)
     if blocks.strategy is Strategy.RECOMPUTE:
         first = _plan(p, backend, invariant, grads=False, weights_known=True)
         known, *_ = walk(p, first, backend, columns=columns, rank=rank)

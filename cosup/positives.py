@@ -70,12 +70,14 @@ class Positives(NamedTuple):
         pairs = slice(int(start[0]), int(start[-1]))
         return Positives(start - start[0], self.row[pairs] - r.start, self.col[pairs], self.logit[pairs], self.pool)
 
-    def gradient(self, shift_R: Tensor, a_R: Tensor, b_R: Tensor, e_R: Tensor | None, soft: Tensor | None) -> Tensor:
-        """The coefficients of a block's pairs, as ``tile_grad`` has them with one target. [P]"""
+    def gradient(self, shift_R: Tensor, a_R: Tensor, b_R: Tensor, e_R: Tensor | None, soft: Tensor | None,
+                 col0: int) -> Tensor:  # fmt: skip
+        """The coefficients of a block's pairs, as ``tile_grad`` has them with one target; ``soft`` is of the columns
+        from col0 on, and other pairs get any number. [P]"""
         row = (self.row - self.row0).clamp(0, len(a_R) - 1)
         coef = a_R[row] * torch.exp(self.logit - shift_R[row]) - b_R[row] * self.weights()
         if soft is not None and e_R is not None:
-            coef = coef - e_R[row] * soft[self.col]
+            coef = coef - e_R[row] * soft[(self.col - col0).clamp(0, len(soft) - 1)]
         return torch.where((a_R[row] == 0) & (b_R[row] == 0), 0.0, coef)
 
     def read(self, dot_RS: Tensor, first: int, scale: Tensor, bias_S: Tensor | None) -> None:

@@ -58,21 +58,15 @@ class Problem(NamedTuple):
     x2: Tensor | None = None  # [N, K], with w2 a second product, added to the first: logits x w^T + x2 w2^T
     w2: Tensor | None = None  # [M, K]
     margin: float = 0.0  # taken from the target's inner product
-    gap: float | None = None  # columns whose inner product is above the target's by more are left out; None: none
+    limit: Tensor | None = None  # [N], columns whose logit is above it are left out, the target excepted
     symmetric: bool = False  # whether statistics of the columns are asked too
     rows: Tensor | None = None  # [n <= N] int64, the rows to visit; None: all of them
     skip: Tensor | None = None  # [N] bool, rows visited whose contents must not matter; None: none
     positives: Positives | None = None  # of which rows have several; their target then has no part in the gradient
-    shard: Shard | None = None  # which part of a table over several ranks w is; None: all of it
+    col0: int = 0  # first of w's columns among those of all ranks,
+    columns: int = 0  # of which there are so many
+    shard: Shard | None = None  # of a table over several ranks whose statistics are merged; None: w is visited alone
     workspace_bytes: int = 0  # budget beside all this, outputs and gradients
-
-    @property
-    def col0(self) -> int:
-        return 0 if self.shard is None else self.shard.start
-
-    @property
-    def columns(self) -> int:
-        return len(self.w) if self.shard is None else self.shard.columns
 
 
 class RowWeights(NamedTuple):
@@ -119,7 +113,8 @@ class Need(NamedTuple):
 
 
 def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = None, known: RowState | None = None,
-         columns: Columns | None = None, need: Need | None = None, rank: bool = False):  # fmt: skip
+         columns: Columns | None = None, need: Need | None = None, rank: bool = False,
+         state: RowState | None = None, dx_sum: Tensor | None = None):  # fmt: skip
     """One sweep over all tiles. Vectors over rows are over ``p.rows`` where those are given.
 
     Args:
@@ -129,17 +124,19 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
         columns: Their statistic, to be filled by this sweep or, with ``known``, final. Without ``known``, gradients
             need one tile.
         rank: Whether ``RowState.above`` will be read.
+        state: The statistics of columns visited before, to go on from; None: there were none.
+        dx_sum: [N, D] in the dtype of the statistics, what they gave of x's gradient: to be added to, in place.
 
     Returns:
         RowState (``known`` where that was given), and the gradients of x, w, bias, x2, w2; None for one not asked.
     """
     n, m, need = len(p.target), len(p.w), need or Need()
     kernels = tile_kernels(backend, p.x)
-    state = RowState.empty(n, p.scale) if known is None else known
+    before = state
+    state = known or state or RowState.empty(n, p.scale)
     fused = plan.merged_cols > 1  # no logits: their products are merged as they are made
-    if rank and known is None and (fused or plan.block_cols < m or p.shard is not None):
+    if rank and known is None and before is None and (fused or plan.block_cols < m or p.shard is not None):
         state.target.copy_(_target_logits(p, plan))
-    limit = None if p.gap is None else _target_logits(p, plan) + p.gap * p.scale
     whole = weights is not None or rank or fused  # else strips go one after the other through the same memory
     rows, cols = min(plan.block_rows, n), plan.block_cols if whole else plan.strip_cols
     cols = padded(-(-cols // plan.merged_cols))
@@ -149,7 +146,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
     if weights is not None:
         assert known is not None or (plan.block_cols >= m and (columns is None or plan.block_rows >= n))
         weights = weights.map(lambda v: v * p.scale)  # the chain from u = scale * dot to dot
-    products = [_Product(p, p.x, p.w, need.x, need.w, plan)]
+    products = [_Product(p, p.x, p.w, need.x, need.w, plan, dx_sum)]
     if p.x2 is not None and p.w2 is not None:
         products.append(_Product(p, p.x2, p.w2, need.x2, need.w2, plan))
     dbias = torch.zeros(m, dtype=p.scale.dtype, device=p.x.device) if need.bias else None
@@ -176,13 +173,13 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
                 if known is None and positives is not None:
                     positives.read(strip, p.col0 + c.start, p.scale, _slice(p.bias, c))
                 if known is None and columns is not None:
-                    kernels.column_stats(strip, columns.state.columns(c), *_features(p, r, c, limit))
+                    kernels.column_stats(strip, columns.state.columns(c), *_features(p, r, c))
                 if known is None and not whole:
-                    kernels.tile_stats(strip, state.rows(r), *_features(p, r, c, limit))
+                    kernels.tile_stats(strip, state.rows(r), *_features(p, r, c))
                 if coefficients is not None:  # at once, while the cache holds it
-                    _add_gradients(p, kernels, products, dbias, r, c, strip, state.max[r], coefficients, limit)
+                    _add_gradients(p, kernels, products, dbias, r, c, strip, state.max[r], coefficients)
             if known is None and whole and not fused:
-                kernels.tile_stats(tile, state.rows(r), *_features(p, r, s, limit))
+                kernels.tile_stats(tile, state.rows(r), *_features(p, r, s))
             if known is None and p.shard is not None and s.stop == m:
                 merge(state.rows(r), p.shard.holds(p.target[r], m), p.shard, rank)
             if weights is None:
@@ -190,7 +187,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
             if known is None:
                 coefficients = _block_coefficients(p, weights, state, columns, r, positives)
                 for c, strip in strips:
-                    _add_gradients(p, kernels, products, dbias, r, c, strip, state.max[r], coefficients, limit)
+                    _add_gradients(p, kernels, products, dbias, r, c, strip, state.max[r], coefficients)
             for product in products:
                 product.end_block()
         for product in products:
@@ -212,7 +209,8 @@ class _Product:
     of several parts, and the rows of a block that were picked from x.
     """
 
-    def __init__(self, p: Problem, x: Tensor, w: Tensor, need_x: bool, need_w: bool, plan: Plan):
+    def __init__(self, p: Problem, x: Tensor, w: Tensor, need_x: bool, need_w: bool, plan: Plan,
+                 dx_sum: Tensor | None = None):  # fmt: skip
         self.p, self.x, self.w = p, x, w
         n, m = len(p.target), len(w)
         idle = n == 0 or m == 0
@@ -221,7 +219,8 @@ class _Product:
         self.dw = (torch.zeros_like if idle else torch.empty_like)(w, **_CONTIGUOUS) if need_w else None
         self.several_rows, several_cols = plan.block_rows < n, plan.block_cols < m
         self.several_strips = plan.strip_cols < min(plan.block_cols, m)
-        self.dx_sum = _accumulator(self.dx, n, several_cols)
+        self.dx_before = dx_sum is not None
+        self.dx_sum = _accumulator(self.dx, n, several_cols) if dx_sum is None else dx_sum
         self.dx_r: Tensor | None = None
 
     def start_slab(self, s: slice) -> None:
@@ -242,7 +241,8 @@ class _Product:
         if self.dx is not None:
             if self.dx_r is None:
                 self.dx_r, self.apart = self._rows_total(self.dx)
-            gemm.add(self.dx_r, coef, self.w[c], first=c.start == (self.s.start if self.apart else 0))
+            fresh = not self.dx_before and c.start == (self.s.start if self.apart else 0)
+            gemm.add(self.dx_r, coef, self.w[c], first=fresh)
         if self.dw is not None:
             first = self.s.start
             total = self.dw[c] if self.dw_sum is None else self.dw_sum[c.start - first : c.stop - first]
@@ -376,11 +376,11 @@ def _slice(vector: Tensor | None, part: slice) -> Tensor | None:
     return None if vector is None else vector[part]
 
 
-def _features(p: Problem, r: slice, c: slice, limit: Tensor | None = None):
+def _features(p: Problem, r: slice, c: slice):
     """What the tile kernels must know of rows r and columns c."""
     ids = _slice(p.row_id, r), _slice(p.col_id, c)
     table = _slice(p.bias, c), *ids, p.softcap, _slice(p.soft, c)
-    return p.col0 + c.start, p.target[r], p.scale, *table, p.margin, _slice(limit, r)
+    return p.col0 + c.start, p.target[r], p.scale, *table, p.margin, _slice(p.limit, r)
 
 
 def _take(p: Problem, x: Tensor, r: slice) -> Tensor:
@@ -415,13 +415,18 @@ def _target_logits(p: Problem, plan: Plan) -> Tensor:
     return logits
 
 
+def limited(p: Problem, plan: Plan, gap: float) -> Problem:
+    """Columns whose inner product is above the target's by more than ``gap`` left out."""
+    return p._replace(limit=_target_logits(p, plan) + gap * p.scale)
+
+
 def best_positives(p: Problem, plan: Plan) -> Problem:
     """Where rows have several positives, the highest of each as its target: ranks are counted from there."""
     if p.positives is None:
         return p
     logit = torch.empty_like(p.positives.logit)
     for part in _spans(0, len(logit), max(1, plan.block_rows * plan.block_cols // (2 * max(1, p.x.shape[1])))):
-        row, col = p.positives.row[part], p.positives.col[part]
+        row, col = p.positives.row[part], p.positives.col[part] - p.col0
         u = (p.x[row].to(p.scale.dtype) * p.w[col]).sum(1) * p.scale
         logit[part] = u if p.bias is None else u + p.bias[col]
     return p._replace(target=p.positives._replace(logit=logit).best())
@@ -433,18 +438,19 @@ def _block_coefficients(p: Problem, weights: RowWeights, state: RowState, column
     block's pairs, where rows have several positives, into a tile of them that starts at a column."""
     a, b, e, h = _row_coefficients(weights.rows(r), state.rows(r))
     if positives is not None:
-        coef = positives.gradient(state.max[r], a, b, e, p.soft)
+        coef = positives.gradient(state.max[r], a, b, e, p.soft, p.col0)
         return a, torch.zeros_like(b), e, h, (), functools.partial(positives.write, coef=coef)
     if columns is None or columns.weight is None:
         return a, b, e, h, (), None
-    return a, b + columns.weight[p.target[r]] * p.scale, e, h, columns.coefficients(p.scale), None
+    of_target = columns.weight[(p.target[r] - p.col0).clamp(0, len(p.w) - 1)]  # not read where it is elsewhere
+    return a, b + of_target * p.scale, e, h, columns.coefficients(p.scale), None
 
 
 def _add_gradients(p: Problem, kernels: Kernels, products: list[_Product], dbias: Tensor | None, r: slice, c: slice,
-                   strip: Tensor, shift_r: Tensor, coefficients, limit: Tensor | None) -> None:  # fmt: skip
+                   strip: Tensor, shift_r: Tensor, coefficients) -> None:  # fmt: skip
     """Turn a strip into gradient coefficients, and add what they give."""
     a, b, e, h, of_columns, of_pairs = coefficients
-    features = (*_features(p, r, c, limit), e, h, *(v[c] for v in of_columns))
+    features = (*_features(p, r, c), e, h, *(v[c] for v in of_columns))
     coef = _coefficients(kernels.tile_grad, strip, p.x.dtype, shift_r, a, b, features, of_pairs)
     for product in products:
         product.add(c, coef)

@@ -3,6 +3,7 @@
 import itertools
 import os
 import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from cosup import info_nce, linear_cross_entropy, linear_log_prob, plan, walk
+from cosup.bench.measure import peak_bytes
 
 N, D, V = 41, 7, 90
 SPLITS = {2: [64, 26], 3: [70, 1, 19]}  # of the head's rows
@@ -128,8 +130,9 @@ def contrastive_equals_one_process(rank, world):
                 {"hard_negatives": h, "margin": 0.1}, {"false_negative_margin": 0.1},
                 {"candidate_ids": ids, "query_ids": torch.randint(10, (sum(n),)), "positives": "ids"}]  # fmt: skip
     of_query = {"sample_weight", "hard_negatives", "query_ids"}
-    for options, symmetric, reduction in itertools.product(features, [False, True], ["mean", "sum", "none"]):
-        if symmetric and "positives" in options:
+    reductions, layouts = ["mean", "sum", "none"], ["all_gather", "ring"]
+    for options, symmetric, reduction, layout in itertools.product(features, [False, True], reductions, layouts):
+        if "positives" in options and (symmetric or layout == "ring"):
             continue
         results = []
         for here, group in (((slice(None), slice(None)), None), (mine, dist.group.WORLD)):
@@ -141,7 +144,7 @@ def contrastive_equals_one_process(rank, world):
             own = target + starts if group is None else target[mine[0]]
             loss, stats = info_nce(tensors[0], tensors[1], None if "positives" in options else own,
                                    temperature=tensors[-1], symmetric=symmetric, reduction=reduction, return_stats=True,
-                                   process_group=group, **given)  # fmt: skip
+                                   process_group=group, layout=layout, **given)  # fmt: skip
             up = torch.linspace(0.5, 1.5, sum(n), dtype=loss.dtype)[here[0]] if reduction == "none" else None
             *grads, dt = torch.autograd.grad(loss, tensors, up)
             if group is None:
@@ -166,10 +169,25 @@ def listed_positives_are_own_candidates(rank, world):
     everything = slice(None), slice(None), (every, columns), None
     for rows, part, given, group in (everything, (n, m, lists, dist.group.WORLD)):
         tensors = [q[rows].clone().requires_grad_(), c[part].clone().requires_grad_()]
-        loss = info_nce(*tensors, positives=given, positives_pool="logsumexp", process_group=group)
+        loss = info_nce(*tensors, positives=given, positives_pool="logsumexp", process_group=group, layout="ring",
+                        label_smoothing=0.1)  # fmt: skip
         dq, dc = torch.autograd.grad(loss, tensors)
         results.append((loss, dq[n] if group is None else dq, dc[m] if group is None else dc))
     torch.testing.assert_close(*results)
+
+
+def peak_memory(rank, world, layout, folder):
+    """Leave in the folder how much the loss and its gradients take above what was there, with as many rows each."""
+    torch.manual_seed(rank)
+    tensors = [torch.randn(k, 64, requires_grad=True) for k in (200, 4000)]
+
+    def step():
+        loss = info_nce(*tensors, symmetric=True, normalize=False, workspace_bytes=1 << 20, layout=layout,
+                        process_group=dist.group.WORLD)  # fmt: skip
+        return torch.autograd.grad(loss, tensors)
+
+    step()
+    Path(folder, f"{layout}_{world}_{rank}").write_text(str(peak_bytes(step)))
 
 
 def contrastive_of_own_gradients_and_own_candidates(rank, world):

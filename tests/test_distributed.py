@@ -1,5 +1,8 @@
 """Losses over several processes give what one process gives, with uneven parts, and ranks without a target or query."""
 
+import functools
+import itertools
+
 import pytest
 import ranks
 
@@ -28,6 +31,15 @@ def test_contrastive_equals_one_process(world):
 
 def test_contrastive_of_own_gradients_and_own_candidates():
     ranks.run(ranks.contrastive_of_own_gradients_and_own_candidates, 2)
+
+
+def test_memory_of_a_ring_does_not_grow_with_the_ranks(tmp_path):
+    for world, layout in itertools.product((2, 4), ("ring", "all_gather")):
+        ranks.run(functools.partial(ranks.peak_memory, layout=layout, folder=tmp_path), world)
+    ring, gathered = ([max(int(path.read_text()) for path in tmp_path.glob(f"{layout}_{world}_*")) for world in (2, 4)]
+                      for layout in ("ring", "all_gather"))  # fmt: skip
+    assert ring[1] <= 1.02 * ring[0]
+    assert gathered[1] > 1.5 * gathered[0] and gathered[1] > 1.3 * ring[1]
 
 
 def test_listed_positives_are_own_candidates():

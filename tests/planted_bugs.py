@@ -26,6 +26,7 @@ class Bug(NamedTuple):
     build: bool = False  # the native library must be rebuilt
 
 
+RING = "tests/test_distributed.py -k contrastive_equals_one_process"
 POSITIVES = "tests/test_positives.py"
 LOSSES, OPS, TILES = "tests/test_losses.py", "tests/test_ops.py", "tests/test_tiles.py"
 DISTRIBUTED, NCE = "tests/test_distributed.py", "tests/test_info_nce.py"
@@ -176,6 +177,15 @@ BUGS = [
     Bug("positives: queries without any have weight", "cosup/losses.py", "weight.to(dtype) * has_any", "weight.to(dtype)", POSITIVES + " -k error"),
     Bug("positives: elsewhere overwrites here", "cosup/positives.py", "torch.where(inside, col, cols), inside", "torch.where(inside, col, 0), inside", POSITIVES + " -k elsewhere"),
     Bug("positives: columns of another rank", "cosup/losses.py", "positives[1] + first", "positives[1]", DISTRIBUTED + " -k listed"),
+    Bug("ring: target's logit of a later part", "cosup/walk.py", "known is None and before is None and (fused", "known is None and (fused", RING),
+    Bug("ring: gradient of the rows by the last part", "cosup/walk.py", "fresh = not self.dx_before and c.start", "fresh = c.start", RING),
+    Bug("ring: columns' statistics stay", "cosup/ring.py", "own = Columns(joined(own.state, ColumnState(*found)))", "pass", RING),
+    Bug("ring: the last part's gradients are lost", "cosup/ring.py", "    _add(totals, found, swap)\n    return", "    return", RING),
+    Bug("ring: ids stay", "cosup/ring.py", "bias=bias, col_id=col_id", "bias=bias", RING),
+    Bug("ring: columns count from here", "cosup/ring.py", "col0=first[home]", "col0=first[peers.rank]", RING),
+    Bug("ring: read before it is here", "cosup/ring.py", "        swap.wait()\n        here = coming", "        here = coming", RING),
+    Bug("ring: a part more", "cosup/ring.py", "        yield Visit(step,", "        peers.kept = [*getattr(peers, 'kept', []), here[0].clone()]\n        yield Visit(step,",
+        DISTRIBUTED + " -k memory_of_a_ring"),
     Bug("cache: passage taken in twice", "cosup/generate.py", "position_ids=cached + new", "position_ids=cached + new.clamp(max=1)",
         "tests/test_generate.py"),
     Bug("resume: random state not restored", "cosup/train.py", "        super()._load_optimizer_and_scheduler(checkpoint)\n",

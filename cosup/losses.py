@@ -8,6 +8,7 @@ co_supervision_loss    L = L_NTP + nsp_weight * L_NSP      (arXiv 2403.09024)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -177,6 +178,7 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
 
 
 def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *, hard_negatives: Tensor | None = None,
+             query_negatives: bool = False, candidate_negatives: bool = False,
              temperature: float | Tensor = 0.05, normalize: bool = True, symmetric: bool = False,
              query_ids: Tensor | None = None, candidate_ids: Tensor | None = None,
              positives: tuple[Tensor, Tensor] | str | None = None, positives_pool: str = "mean",
@@ -202,6 +204,10 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         target: [N] int64, the row of each query's positive; None: row n for query n (M >= N).
         hard_negatives: [N, H, D], further negatives of each query alone. Their statistics join the row's after the
             sweep, so a mean or sum takes a second one: 4U. Those that all queries may see belong in ``candidates``.
+        query_negatives: The other queries are negatives of a query too.
+        candidate_negatives: The other candidates are negatives of a query's positive too, in the same softmax. Either
+            is a walk of its own, 4U of its size, and a mean or sum takes 4U for the first; ids leave out pairs in them
+            as in the first; ranks are among the candidates. Not with ``positives``, nor on a ring.
         temperature: Positive divisor; a scalar tensor gets its gradient.
         normalize: Divide rows by their Euclidean norm (at least 1e-12) first; the copies are beside the workspace.
         symmetric: Each positive must also be told its query among all queries; no two queries may have one positive.
@@ -254,9 +260,10 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     n, m = query.shape[0], candidates.shape[0]
     if positives is not None:
         _check_positives(positives, positives_pool, target, n, m, query_ids, candidate_ids)
-        if symmetric or margin or false_negative_margin is not None or hard_negatives is not None:
-            others = "symmetric, hard_negatives, margin and false_negative_margin"
-            raise ValueError(f"want positives or one of {others}, got both")
+        more_negatives = hard_negatives is not None or query_negatives or candidate_negatives
+        if symmetric or margin or false_negative_margin is not None or more_negatives:
+            names = "symmetric, hard_, query_ and candidate_negatives, margin and false_negative_margin"
+            raise ValueError(f"want positives or one of {names}, got both")
         target = torch.zeros(n, dtype=torch.int64, device=query.device)
     if target is None:
         if m < n:
@@ -287,8 +294,11 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}")
     by_id = isinstance(positives, str)
-    if layout == "ring" and (gather != "exact" or by_id):
-        raise ValueError('layout "ring" wants gather "exact" and positives as lists, if any')
+    inner = query_negatives or candidate_negatives
+    if layout == "ring" and (gather != "exact" or by_id or inner):
+        raise ValueError('layout "ring" wants gather "exact", positives as lists, no query_ or candidate_negatives')
+    if symmetric and candidate_negatives:
+        raise ValueError("want symmetric or candidate_negatives, got both")
     if process_group is not None and symmetric and gather == "detached":
         raise ValueError('want gather "exact" or "local" where symmetric, got "detached"')
     if symmetric:
@@ -305,21 +315,26 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         query, candidates = _unit(query), _unit(candidates)
         hard = None if hard is None else _unit(hard)
     weight, local_reduction, first, everyone, ring = sample_weight, reduction, 0, None, False
-    own_ids = candidate_ids
+    own_ids, all_queries, first_query, all_query_ids = candidate_ids, query, 0, query_ids
     if process_group is not None:
         if positives is None:
             _check_targets(target, m)
         if gather != "local":
             budget = default_workspace(query.device) if workspace_bytes is None else workspace_bytes
-            _, counts, budgets = sizes_of_ranks(process_group, query.device, n, m, budget)
+            queries, counts, budgets = sizes_of_ranks(process_group, query.device, n, m, budget)
             first, m, everyone = sum(counts[: process_group.rank()]), sum(counts), process_group.group_name
             target = target + first if positives is None else target
             held = 2 * m * query.shape[1] * query.element_size()
-            large = gather == "exact" and not by_id and held > RING_WORKSPACES * min(budgets)
+            large = gather == "exact" and not by_id and not inner and held > RING_WORKSPACES * min(budgets)
             ring = layout == "ring" or (layout == "auto" and large)
             exact = gather == "exact"
             if candidate_ids is not None:
                 candidate_ids = gather_rows(candidate_ids, counts, process_group, gradients=False)
+            if query_negatives:
+                all_queries = gather_rows(query, queries, process_group, gradients=exact)
+                first_query = sum(queries[: process_group.rank()])
+                if query_ids is not None:
+                    all_query_ids = gather_rows(query_ids, queries, process_group, gradients=False)
             if not ring:
                 candidates = gather_rows(candidates, counts, process_group, gradients=exact)
                 own_ids = candidate_ids
@@ -345,14 +360,26 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         row_id=query_ids, col_id=None if query_ids is None else own_ids, pairs=pairs, pool=positives_pool,
         margin=margin, gap=false_negative_margin, symmetric=symmetric, weight=weight, label_smoothing=label_smoothing,
         kept=kept, rank=return_stats, row_group=everyone if symmetric and not ring else None,
-        ring=everyone if ring else None, reduction=local_reduction if hard is None else "none",
+        ring=everyone if ring else None, reduction=local_reduction if hard is None and not inner else "none",
         workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     if pairs is not None:
         stats = RowStats(*(f * has_any for f in stats))
-    if hard is not None:
-        z_NH = scale * torch.bmm(hard, query[:, :, None]).squeeze(2).to(dtype)
-        more, stats = _with_further_negatives(stats, z_NH, margin * scale)
+    if hard is not None or inner:
+        place: Tensor | None = None
+        further: list[tuple[Tensor, Tensor]] = []
+        if hard is not None:
+            z_NH = scale * torch.bmm(hard, query[:, :, None]).squeeze(2).to(dtype)
+            place = _place(stats, z_NH, margin * scale)
+            further.append((z_NH, torch.zeros_like(z_NH)))
+        others = functools.partial(_others, scale=scale, workspace_bytes=workspace_bytes, backend=backend)
+        if query_negatives:
+            own = first_query + torch.arange(n, device=query.device)
+            further.append(others(query, all_queries, own, query_ids, all_query_ids))
+        if candidate_negatives:
+            further.append(others(candidates[target], candidates, target, query_ids, candidate_ids))
+        lse_NG, entropy_NG = (torch.cat(groups, 1) for groups in zip(*further, strict=True))
+        more, stats = _with_further_negatives(stats, lse_NG, entropy_NG, place)
         weight = torch.ones_like(more) if weight is None else weight.to(dtype)
         loss = loss + (weight / 2 if symmetric else weight) * more
         if local_reduction != "none":
@@ -415,18 +442,33 @@ class _Unit(torch.autograd.Function):
         return grad
 
 
-def _with_further_negatives(stats: RowStats, z_NH: Tensor, margin: Tensor) -> tuple[Tensor, RowStats]:
-    """What further logits of each row add to its loss, and the statistics with them."""
-    lse_H = z_NH.logsumexp(1)
-    more = F.softplus(lse_H - stats.lse)
-    lse = stats.lse + more
-    mean = torch.exp(-more) * (stats.lse - stats.entropy)  # of the logits, by their probabilities
-    mean = mean + torch.where(z_NH == float("-inf"), 0.0, torch.exp(z_NH - lse[:, None]) * z_NH).sum(1)
+def _others(x: Tensor, w: Tensor, own: Tensor, x_id: Tensor | None, w_id: Tensor | None, *, scale: Tensor,
+            workspace_bytes: int | None, backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-sum-exp and entropy of each row's logits, its own column and those of its id left out. [N, 1] each"""
+    _, stats = _softmax_nll(x, w, own, scale, row_id=x_id, col_id=w_id, margin=float("inf"), reduction="none",
+                            rank=False, workspace_bytes=workspace_bytes, backend=backend)  # fmt: skip
+    return stats.lse[:, None], stats.entropy.detach().nan_to_num(0.0)[:, None]  # NaN where nothing is left
+
+
+def _place(stats: RowStats, z_NH: Tensor, margin: Tensor) -> Tensor:
+    """The target's rank among further logits too."""
     target = stats.lse - stats.nll + margin
-    slack = 4 * torch.finfo(lse.dtype).eps * (stats.lse.abs() + stats.nll)  # a tie is not above
-    place = stats.rank + (z_NH > (target + slack)[:, None]).sum(1)
-    nll = stats.nll + more
-    return more, RowStats(nll, lse, -nll, lse - mean, place, place == 1)
+    slack = 4 * torch.finfo(target.dtype).eps * (stats.lse.abs() + stats.nll)  # a tie is not above
+    return stats.rank + (z_NH > (target + slack)[:, None]).sum(1)
+
+
+def _with_further_negatives(stats: RowStats, lse_NG: Tensor, entropy_NG: Tensor,
+                            place: Tensor | None) -> tuple[Tensor, RowStats]:  # fmt: skip
+    """What further groups of logits add to each row's loss, and the statistics with them."""
+    lse_NG = lse_NG.clamp(min=torch.finfo(lse_NG.dtype).min / 4)  # of nothing: no NaN in its gradient
+    more = F.softplus(lse_NG.logsumexp(1) - stats.lse)
+    lse, nll = stats.lse + more, stats.nll + more
+    lse_NG = torch.cat([stats.lse[:, None], lse_NG], 1)
+    entropy_NG = torch.cat([stats.entropy[:, None], entropy_NG], 1)
+    gap_NG = (lse[:, None] - lse_NG).detach()
+    entropy = (torch.exp(-gap_NG) * (entropy_NG + gap_NG)).sum(1)
+    place = stats.rank if place is None else place
+    return more, RowStats(nll, lse, -nll, entropy, place, place == 1)
 
 
 def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, query: Tensor, candidates: Tensor,

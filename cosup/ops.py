@@ -278,11 +278,16 @@ def _once(*grads: Tensor | None) -> None:
         raise RuntimeError("cosup's losses have first derivatives only: create_graph=True is not supported")
 
 
+def _times(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value, which is infinite where the target, or all columns, are left out: no such row has a weight."""
+    return torch.where(weight == 0, 0.0, weight * value)
+
+
 def _scale_grad(v: RowWeights, lse, entropy, excess, soft_logit, of_columns, scale, bias, dbias):
     """d loss / d scale = sum_m dz[m] (z[m] - bias[m]) / scale: logits are linear in scale wherever this is asked."""
-    rows = v.b * excess
+    rows = _times(v.b, excess)
     if v.c is not None:
-        rows = rows + v.c * (lse - entropy)
+        rows = rows + _times(v.c, lse - entropy)
     if v.q is not None:
         rows = rows + v.q * lse * (lse - entropy)
     if v.e is not None:

@@ -128,11 +128,12 @@ def contrastive_equals_one_process(rank, world):
     mine = [slice(sum(k[:rank]), sum(k[: rank + 1])) for k in (n, m)]
     features = [{}, {"sample_weight": weight, "candidate_ids": ids, "candidate_bias": b, "label_smoothing": 0.1},
                 {"hard_negatives": h, "margin": 0.1}, {"false_negative_margin": 0.1},
+                {"candidate_ids": ids, "query_negatives": True, "candidate_negatives": True},
                 {"candidate_ids": ids, "query_ids": torch.randint(10, (sum(n),)), "positives": "ids"}]  # fmt: skip
     of_query = {"sample_weight", "hard_negatives", "query_ids"}
     reductions, layouts = ["mean", "sum", "none"], ["all_gather", "ring"]
     for options, symmetric, reduction, layout in itertools.product(features, [False, True], reductions, layouts):
-        if "positives" in options and (symmetric or layout == "ring"):
+        if {"positives", "query_negatives"} & set(options) and (symmetric or layout == "ring"):
             continue
         results = []
         for here, group in (((slice(None), slice(None)), None), (mine, dist.group.WORLD)):

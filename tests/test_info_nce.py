@@ -47,15 +47,19 @@ FEATURES = {
     "label smoothing": {"label_smoothing": 0.2},
     "hard negatives": {"hard_negatives": torch.randn(N, 3, D, generator=GENERATOR)},
 }
+FEATURES["query negatives"] = {"query_negatives": True}
+FEATURES["candidate negatives, ids"] = FEATURES["ids"] | {"candidate_negatives": True}
+FEATURES["all negatives"] = FEATURES["hard negatives"] | {"query_negatives": True, "candidate_negatives": True}
 FEATURES["symmetric, ids"] = FEATURES["symmetric"] | FEATURES["ids"]
 FEATURES["symmetric, weight, smoothing"] = FEATURES["symmetric"] | FEATURES["sample weight"] | FEATURES["label smoothing"]
 FEATURES["smoothing, ids"] = FEATURES["label smoothing"] | FEATURES["ids"]
-FEATURES["all"] = {k: v for options in FEATURES.values() for k, v in options.items() if k != "false_negative_margin"}
+LEFT = ("false_negative_margin", "candidate_negatives")
+FEATURES["all"] = {k: v for options in FEATURES.values() for k, v in options.items() if k not in LEFT}
 FEATURES["all, false negatives"] = FEATURES["all"] | {"false_negative_margin": 0.1, "label_smoothing": 0.0}
 
 
 def formula(query, candidates, *, temperature, target, normalize=True, reduction="mean", hard_negatives=None,
-            symmetric=False, candidate_ids=None, candidate_bias=None, sample_weight=None, margin=0.0,
+            query_negatives=False, candidate_negatives=False, symmetric=False, candidate_ids=None, candidate_bias=None, sample_weight=None, margin=0.0,
             false_negative_margin=None, label_smoothing=0.0):  # fmt: skip
     """The docstring of info_nce, in PyTorch."""
     if normalize:
@@ -79,6 +83,13 @@ def formula(query, candidates, *, temperature, target, normalize=True, reduction
     if hard_negatives is not None:
         hard = F.normalize(hard_negatives, dim=2) if normalize else hard_negatives
         row = torch.cat([z, torch.einsum("nd,nhd->nh", query, hard.to(query.dtype)) / temperature], 1)
+    same = torch.zeros_like(hit) if candidate_ids is None else candidate_ids == candidate_ids[target][:, None]
+    if query_negatives:
+        alike = same[:, target] | torch.eye(len(query), dtype=torch.bool, device=query.device)
+        row = torch.cat([row, (query @ query.mT / temperature).masked_fill(alike, float("-inf"))], 1)
+    if candidate_negatives:
+        among = candidates[target] @ candidates.mT / temperature
+        row = torch.cat([row, among.masked_fill(same | hit, float("-inf"))], 1)
     kept = ~(out & ~hit)
     spread = (row.logsumexp(1, keepdim=True) - z).masked_fill(~kept, 0.0).sum(1) / kept.sum(1)
     loss = (1 - label_smoothing) * (row.logsumexp(1) - z[n, target]) + label_smoothing * spread
@@ -148,10 +159,12 @@ def test_gradcheck(budget, symmetric):
     temperature, weight = (torch.rand(s, dtype=torch.float64).requires_grad_() for s in ((), (5,)))
     ids, target = torch.randint(6, (9,)), torch.randperm(9)[:5]
     for hard in (None, h):
-        def loss(q, c, t, b, weight, *hard):
+        inner = {"query_negatives": hard is not None, "candidate_negatives": hard is not None and not symmetric}
+
+        def loss(q, c, t, b, weight, *hard, inner=inner):
             return info_nce(q, c, target, temperature=t, candidate_bias=b, sample_weight=weight, margin=0.1,
                             hard_negatives=hard[0] if hard else None, symmetric=symmetric, candidate_ids=ids,
-                            label_smoothing=0.1, workspace_bytes=budget)  # fmt: skip
+                            label_smoothing=0.1, workspace_bytes=budget, **inner)  # fmt: skip
 
         inputs = (q, c, temperature, b, weight, *([] if hard is None else [hard]))
         assert torch.autograd.gradcheck(loss, inputs)
@@ -197,6 +210,15 @@ def test_equals_sentence_transformers_with_further_candidates():
            lambda q, c, t: info_nce(q, c, t, temperature=0.05), candidates=2 * N)  # fmt: skip
 
 
+def test_equals_sentence_transformers_with_negatives_of_either_kind():
+    """Their joint softmax; their documents of a query are its positive alone."""
+    losses = pytest.importorskip("sentence_transformers.losses")
+    directions = ("query_to_doc", "query_to_query", "doc_to_doc")
+    loss = losses.MultipleNegativesRankingLoss(peers.NOTHING, 20.0, directions=directions, partition_mode="joint")
+    _equal(lambda q, c, t: loss.compute_loss_from_embeddings([q, c], t),
+           lambda q, c, t: info_nce(q, c, temperature=0.05, query_negatives=True, candidate_negatives=True))  # fmt: skip
+
+
 def test_equals_open_clip():
     """It takes vectors of unit length."""
     try:
@@ -234,6 +256,14 @@ def test_all_candidates_masked(symmetric):
     assert abs(loss.item()) < 1e-6 and all(g.abs().max() < 1e-5 for g in grads)
 
 
+def test_no_other_query_and_no_other_candidate():
+    q, c = torch.randn(1, 8, requires_grad=True), torch.randn(1, 8, requires_grad=True)
+    temperature = torch.tensor(0.1, requires_grad=True)
+    loss, stats = info_nce(q, c, temperature=temperature, query_negatives=True, candidate_negatives=True, return_stats=True)
+    assert loss == 0 and stats.entropy == 0 and stats.rank == 1
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, (q, c, temperature)))
+
+
 def test_zero_vectors():
     """Their similarity is 0 to all; the gradients are finite."""
     q, c = torch.zeros(3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
@@ -254,6 +284,9 @@ BAD = [
     (dict(false_negative_margin="0.1"), ValueError, "false_negative_margin must be a finite number, got '0.1'"),
     (dict(label_smoothing=1.5), ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
     (dict(label_smoothing=0.1, false_negative_margin=0.1), ValueError, "want label_smoothing or false_negative_margin, got both"),
+    (dict(candidate_negatives=True), ValueError, "want symmetric or candidate_negatives, got both"),
+    (dict(query_negatives=True, layout="ring"), ValueError, 'layout "ring" wants gather "exact"'),
+    (dict(layout="star"), ValueError, "layout must be one of"),
     (dict(temperature=0.0), ValueError, "temperature must be a number, positive"),
     (dict(target=torch.tensor([0, 1, 5])), IndexError, r"target must be in \[0, 5\), got 5 in row 2"),
     (dict(candidates=torch.zeros(0, 8)), ValueError, "candidates must have a row for each of the 3 queries"),

@@ -1,0 +1,138 @@
+"""info_nce over processes: the time of a step, measured and by the cost model of docs/info_nce.md, in both layouts.
+
+python bench/ranks.py [--ranks 1 2 4] [--rows 1024 4096 256] [--symmetric]
+
+Every rank has as many queries and candidates. Two rates are measured in the same run, by as many processes at once:
+
+    F   FLOP per second of a rank, by the engine's products alone in the blocks of its plan
+    B   bytes per second that come in at a rank, by the collectives of the layout alone
+
+and the model says: seconds = products / F + bytes / B, with nothing overlapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from cosup import info_nce
+from cosup.bench import report
+from cosup.bench.gemms import engine_gemms
+from cosup.bench.measure import peak_bytes
+from cosup.distributed import Peers, gather
+from cosup.plan import plan
+from cosup.walk import cost, default_workspace, resolve
+
+
+def model(n: int, m: int, d: int, world: int, item: int, layout: str, symmetric: bool) -> tuple[float, float]:
+    """FLOP, and bytes that come in, of a rank's step with n queries and m candidates of its own; n of them square."""
+    sweeps = 4 if layout == "ring" or (symmetric and world > 1) else 3
+    flop = sweeps * 2.0 * n * m * world * d
+    others = world - 1
+    if layout == "all_gather":  # candidates, their gradients; statistics by all-reduce: twice around
+        return flop, 2.0 * others * m * d * item + symmetric * 4.0 * 8 * others * m
+    return flop, others * (3.0 * m * d * item + symmetric * 4.0 * 6 * m)  # candidates in both sweeps
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rows", type=int, nargs=3, default=[1024, 4096, 256], metavar=("N", "M", "D"))
+    parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args(arguments)
+    records = []
+    for world in args.ranks:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        results = mp.get_context("spawn").SimpleQueue()
+        mp.start_processes(_rank, (world, port, vars(args), results), nprocs=world, start_method="spawn")
+        records += [results.get() for _ in range(2 if world > 1 else 1)]
+        print(*(json.dumps(record) for record in records[-2:]), sep="\n", flush=True)
+    path = report.RESULTS / "ranks_cpu.json"
+    path.write_text(json.dumps({"title": "ranks", **report.environment(), "problems": records}, indent=1) + "\n")
+
+
+def _rank(rank: int, world: int, port: int, args: dict[str, Any], results: Any) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
+    (n, m, d), symmetric = args["rows"], args["symmetric"]
+    q, c = (F.normalize(torch.randn(k, d)).requires_grad_() for k in (n, m))
+    for layout in ["all_gather", "ring"] if world > 1 else ["all_gather"]:
+        def step(layout: str = layout) -> tuple[torch.Tensor, ...]:
+            loss = info_nce(q, c, normalize=False, symmetric=symmetric, process_group=dist.group.WORLD, layout=layout)
+            return torch.autograd.grad(loss, (q, c))
+
+        flop, wire = model(n, m, d, world, q.element_size(), layout, symmetric)
+        table = c.detach() if layout == "ring" else c.detach().repeat(world, 1)
+        budget = default_workspace(q.device)
+        blocks = plan(n, len(table), cost(q, resolve("auto", q), gathered=False, symmetric=symmetric), grads=True,
+                      weights_known=layout == "all_gather", workspace_bytes=budget)  # fmt: skip
+        sweeps = round(flop / (2.0 * n * m * world * d)) - 2
+        products = world if layout == "ring" else 1
+
+        def multiply(times: int = products, arguments: tuple[Any, ...] = (q.detach(), table, blocks, sweeps)) -> None:
+            for _ in range(times):
+                engine_gemms(*arguments)
+
+        passes: dict[str, Callable[[], object]] = {
+            "step": step,
+            "products": multiply,
+            "wire": partial(_wire, c.detach(), layout, world),
+        }
+        times: dict[str, list[float]] = {name: [] for name in passes}
+        for _ in range(1 + args["rounds"]):
+            for name, run in passes.items():
+                dist.barrier()
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
+        seconds = {name: statistics.median(found[1:]) for name, found in times.items()}
+        memory = torch.tensor(float(peak_bytes(step)))
+        dist.all_reduce(memory, dist.ReduceOp.MAX)
+        found = [None] * world
+        dist.all_gather_object(found, seconds)
+        if rank == 0:
+            mean = {name: statistics.mean(s[name] for s in found) for name in seconds}  # type: ignore[index]
+            results.put({
+                "ranks": world, "layout": layout, "N": n, "M": m, "D": d, "symmetric": symmetric, "FLOP": flop,
+                "wire_bytes": wire, "FLOP_per_second": flop / mean["products"],
+                "bytes_per_second": wire / mean["wire"] if wire else None,
+                "model_seconds": mean["products"] + (mean["wire"] if wire else 0.0),
+                "step_seconds": mean["step"], "peak_bytes": int(memory),
+            })  # fmt: skip
+    dist.destroy_process_group()
+
+
+def _wire(c: torch.Tensor, layout: str, world: int) -> None:
+    """What a step sends, without what it computes."""
+    group = dist.group.WORLD
+    assert group is not None
+    if layout == "all_gather":
+        everyone = gather(c, [len(c)] * world, group)
+        parts = torch.empty(world * len(c), c.shape[1])
+        dist.all_to_all_single(parts, everyone, [len(c)] * world, [len(c)] * world, group=group)
+        return
+    peers = Peers(group.group_name, len(c), c.device)
+    for _ in range(2):
+        for _ in range(world - 1):
+            peers.swap([c], (peers.rank + 1) % world, [torch.empty_like(c)], (peers.rank - 1) % world).wait()
+    for step in range(1, world):
+        peers.swap([c], (peers.rank - step) % world, [torch.empty_like(c)], (peers.rank + step) % world).wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -603,14 +603,14 @@ class CoSupTrainer(Trainer):
 
 def _check_ranks(args: TrainingArguments) -> None:
     """That several processes can be trained with these arguments; ValueError where not."""
+    if args.fsdp or args.deepspeed:
+        raise ValueError("fsdp: wanted none, nor deepspeed: several processes train by DistributedDataParallel")
     if args.ddp_find_unused_parameters:
         raise ValueError("ddp_find_unused_parameters: wanted False over several processes, got True")
     even, dispatch = args.accelerator_config.even_batches, args.accelerator_config.dispatch_batches
     if not even or dispatch:
         got = f"even_batches={even}, dispatch_batches={dispatch}"
-        raise ValueError(
-            f"accelerator_config: wanted even_batches=True, dispatch_batches unset, got {got}"
-        )
+        raise ValueError(f"accelerator_config: wanted even_batches=True, dispatch_batches unset, got {got}")
 
 
 def _parts(mode: str, losses: tuple[float, float], hits: float, queries: float) -> dict[str, float]:

@@ -52,6 +52,18 @@ def assert_same(several, alone):
             assert (result["moved"][part] - moved).norm() <= 1e-5 * moved.norm(), part
 
 
+def test_the_loss_over_ranks_is_that_of_all_rows(several, alone):
+    """Each rank has the loss, and the gradients of its rows; those of the head are summed."""
+    wanted, (*of_rows, of_head), counts = alone("loss")
+    results = several("loss")
+    for losses, _, _ in results:
+        torch.testing.assert_close(losses, wanted)
+    for gradients, want in zip(zip(*(grads[:3] for _, grads, _ in results), strict=True), of_rows, strict=True):
+        torch.testing.assert_close(torch.cat(gradients), want)
+    torch.testing.assert_close(sum(grads[3] for _, grads, _ in results), of_head)
+    assert [sum(ours) for ours in zip(*(here for _, _, here in results), strict=True)] == counts
+
+
 @pytest.mark.parametrize("name", ["joint", "nsp", "ntp", "paper", "accumulated"])
 @pytest.mark.filterwarnings("ignore:negatives do not accumulate")
 def test_a_step_of_several_is_the_step_of_one(name, several, alone):

@@ -14,6 +14,7 @@ from torch.utils.data import SequentialSampler
 from train_worker import make_trainer
 
 from cosup.data.schema import Instance, Reference
+from cosup.losses import co_supervision_loss
 from cosup.model import GenCtxConfig, GenCtxModel
 from cosup.train import CoSupConfig, CoSupTrainer
 from tiny import tiny_encoder, tiny_gen, tiny_passages, tiny_tokenizer
@@ -83,6 +84,28 @@ def training(kinds: str, negatives: bool = True, **options):
         return {"moved": parts, "rows": trainer.rows, "train_loss": result.training_loss, "queue": queue}
 
     return run
+
+
+def loss(folder: Path, world: int) -> tuple:
+    """co_supervision_loss of rows that are split unevenly, without normalisers: losses, and gradients of all rows."""
+    torch.manual_seed(0)
+    shapes = ((5, 6, 4), (9, 4), (4, 4), (7, 4))
+    hidden, head, query, passages = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+    labels, target = torch.randint(9, (5, 6)), torch.tensor([1, 4, 2, 6])
+    labels[:, :3], labels[0] = -100, -100
+    group = None
+    if world > 1:
+        group, first = dist.group.WORLD, dist.get_rank() == 0
+        cuts = (slice(3), slice(1), slice(2)) if first else (slice(3, 5), slice(1, 4), slice(2, 7))
+        hidden, labels, query, target, passages = (
+            t[cuts[i]] for t, i in ((hidden, 0), (labels, 0), (query, 1), (target, 1), (passages, 2))
+        )
+        target = target - (0 if first else 2)
+    parts = [part.clone().requires_grad_() for part in (hidden, query, passages, head)]
+    total = co_supervision_loss(parts[0], parts[3], labels, parts[1], parts[2], target, nsp_weight=0.7,
+                                process_group=group)  # fmt: skip
+    counts = [int(total.ntp_count), total.nsp_count]
+    return [each.detach() for each in total[:3]], torch.autograd.grad(total.loss, parts), counts
 
 
 def given(gather: str):
@@ -155,6 +178,7 @@ RUNS = {
     "detached": training(UNEVEN, gather="detached"),
     "local": training(UNEVEN, gather="local"),
     "halves": training(UNEVEN, batch=BATCH // 2, gradient_accumulation_steps=2),
+    "loss": loss,
     "given exact": given("exact"),
     "given local": given("local"),
     "evaluation of 7": evaluation(7),

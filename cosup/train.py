@@ -28,6 +28,7 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
@@ -204,6 +205,7 @@ class CoSupTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._check_wrapper()
         self._reset_interval()
         self._micro_batch_size: int | None = getattr(args, "micro_batch_size", None)
         self._group = dist.group.WORLD if args.world_size > 1 else None
@@ -331,6 +333,9 @@ class CoSupTrainer(Trainer):
         """
         dataloader = self.get_eval_dataloader(eval_dataset)
         sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
+        most = torch.tensor(len(dataloader), device=self.args.device)
+        if self.is_fsdp_enabled:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
         self.model.eval()
         for inputs in dataloader:
             with torch.no_grad():
@@ -338,6 +343,10 @@ class CoSupTrainer(Trainer):
             targets, queries = output.ntp_count, output.nsp_count
             sums += self._row(output.ntp_loss * targets, targets, output.nsp_loss * queries, queries, _hits(output))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if len(dataloader) < most:  # the others wait for the weights that this rank holds
+            inputs = self._prepare_inputs(self.collator([dataloader.dataset[0]]))
+            with torch.no_grad():
+                self._forward(self.model, self._needed(inputs))
         ntp_sum, targets, nsp_sum, queries, hits = self._sum_over_ranks(sums).tolist()
         ntp_loss, nsp_loss = ntp_sum / max(targets, 1), nsp_sum / max(queries, 1)
         config = self.model.config
@@ -347,6 +356,20 @@ class CoSupTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _check_wrapper(self) -> None:
+        """That what accelerate is going to wrap the model in is known to work; ValueError where not."""
+        if self.is_deepspeed_enabled:
+            raise ValueError("deepspeed: wanted None, got a configuration; fsdp shards the weights")
+        if self.args.fsdp or self.is_fsdp_enabled:
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            if not self.accelerator.is_fsdp2:  # on CPUs accelerate would take DistributedDataParallel without a word
+                version = "none" if plugin is None else plugin.fsdp_version
+                raise ValueError(f"fsdp: wanted version 2 on GPUs, got version {version} on {self.args.device.type}")
+            if "FULL" not in str(plugin.state_dict_type):
+                raise ValueError(f"fsdp_config: wanted state_dict_type FULL_STATE_DICT, got {plugin.state_dict_type}")
+            if getattr(self.args, "extra_passages", 0):
+                raise ValueError(f"extra_passages: wanted 0 with fsdp, got {self.args.extra_passages}")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The batches of one process, dealt out to the ranks: no instance twice, a rank may have a batch less."""
@@ -554,7 +577,7 @@ class CoSupTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
-            self.model.save_pretrained(output_dir or str(self.args.output_dir))
+            self.model.save_pretrained(output_dir or str(self.args.output_dir), state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
@@ -569,7 +592,7 @@ class CoSupTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         kept = GenCtxModel.from_pretrained(resume_from_checkpoint, config=self.model.config, dtype=self.model.gen.dtype)
-        self.model.load_state_dict(kept.state_dict())
+        set_model_state_dict(self.model, kept.state_dict(), options=StateDictOptions(full_state_dict=True))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -603,8 +626,6 @@ class CoSupTrainer(Trainer):
 
 def _check_ranks(args: TrainingArguments) -> None:
     """That several processes can be trained with these arguments; ValueError where not."""
-    if args.fsdp or args.deepspeed:
-        raise ValueError("fsdp: wanted none, nor deepspeed: several processes train by DistributedDataParallel")
     if args.ddp_find_unused_parameters:
         raise ValueError("ddp_find_unused_parameters: wanted False over several processes, got True")
     even, dispatch = args.accelerator_config.even_batches, args.accelerator_config.dispatch_batches

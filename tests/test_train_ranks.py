@@ -30,7 +30,7 @@ def several(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=150)
     finally:
         process.terminate()  # and with it its processes
     assert process.returncode == 0, output
@@ -49,7 +49,7 @@ def assert_same(several, alone):
         torch.testing.assert_close(rows, wanted, rtol=1e-6, atol=0)
         assert result["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-6)
         for part, moved in alone["moved"].items():
-            assert (result["moved"][part] - moved).norm() <= 1e-5 * moved.norm(), part
+            assert (result["moved"][part] - moved).norm() <= 1e-6 * moved.norm() + 1e-8, part
 
 
 def test_the_loss_over_ranks_is_that_of_all_rows(several, alone):
@@ -119,21 +119,39 @@ def test_a_query_sees_what_gather_says(several, alone):
     assert abs(several("local")[0]["rows"][0][NSP] - exact["rows"][0][NSP]) > 0.01
 
 
-@pytest.mark.parametrize("name", ["evaluation of 7", "evaluation of 1"])
-def test_held_out_losses_do_not_depend_on_the_number_of_processes(name, several, alone):
+SHARDED = {
+    "sharded": "joint", "sharded ntp": "ntp", "sharded idle": "idle", "sharded cached idle": "idle",
+    "sharded cached accumulated": "accumulated", "sharded queue": "queue",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.filterwarnings("ignore:negatives do not accumulate")
+def test_sharded_weights_take_the_same_steps(name, several, alone):
+    """FSDP2: each rank holds a part of all weights, and gathers those of a layer when it comes to it."""
+    assert_same(several(name), alone(SHARDED[name]))
+
+
+@pytest.mark.parametrize("wrapped", ["", "sharded "])
+@pytest.mark.parametrize("name", ["evaluation of 5", "evaluation of 1"])
+def test_held_out_losses_do_not_depend_on_the_number_of_processes(name, wrapped, several, alone):
     whole = alone(name)
-    for result in several(name):
-        assert result == pytest.approx(whole, rel=1e-9)
+    for result in several(wrapped + name):
+        assert result == pytest.approx(whole, rel=1e-6)
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(several):
-    results = several("resumed")
+@pytest.mark.parametrize("name", ["resumed", "sharded resumed"])
+def test_a_resumed_run_goes_on_bit_for_bit(name, several):
+    """Its checkpoints are saved pairs."""
+    results = several(name)
     for result in results:
         assert result["logs"][0] == result["logs"][1] == results[0]["logs"][0]
         assert [log["step"] for log in result["logs"][0]] == [3, 6]
         for kind in ("weights", "queue"):
             for a, b, c in zip(*(each.values() for each in (*result[kind], results[0][kind][0])), strict=True):
                 assert torch.equal(a, b) and torch.equal(a, c)
+        for tensor, weights in result["weights"][0].items():
+            assert torch.equal(result["saved"][tensor], weights)
     assert not torch.equal(results[0]["random"], results[1]["random"])
 
 
@@ -142,4 +160,4 @@ def test_what_several_processes_cannot_have_is_refused(several):
     assert unused == "ddp_find_unused_parameters: wanted False over several processes, got True"
     assert "even_batches=True, dispatch_batches unset, got even_batches=False, dispatch_batches=None" in uneven
     assert "got even_batches=True, dispatch_batches=True" in dispatched
-    assert sharded.startswith("fsdp: wanted none")
+    assert sharded == "fsdp: wanted version 2 on GPUs, got version none on cpu"

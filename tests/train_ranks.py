@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch.utils.data import SequentialSampler
 from train_worker import make_trainer
 
@@ -38,6 +40,15 @@ def instances(kinds: str, negatives: bool = True) -> list[Instance]:
     return made
 
 
+class Sharded(CoSupConfig):
+    """FSDP on CPUs: accelerate does it for GPUs only, and asks the state it keeps what these processes are."""
+
+    def __post_init__(self):
+        self.fsdp = True
+        super().__post_init__()
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 class Recorder(CoSupTrainer):
     """Takes the instances in their order, and keeps the sums behind each log."""
 
@@ -52,7 +63,9 @@ class Recorder(CoSupTrainer):
         super().log(logs, start_time)
 
 
-def trainer_of(folder: Path, data: list[Instance], world: int, batch: int = BATCH, **options) -> Recorder:
+def trainer_of(
+    folder: Path, data: list[Instance], world: int, batch: int = BATCH, shard: bool = False, **options
+) -> Recorder:
     choices = {name: options.pop(name) for name in ("mode", "unique_passages") if name in options}
     torch.manual_seed(0)
     config = GenCtxConfig(learn_temperature=True, temperature=0.3, nsp_weight=0.7, max_length=160, **choices)
@@ -61,23 +74,30 @@ def trainer_of(folder: Path, data: list[Instance], world: int, batch: int = BATC
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     settings = dict(max_steps=3, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0)
-    settings |= dict(logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True, ddp_timeout=60)
+    settings |= dict(logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True, ddp_timeout=30)
     eval_dataset = options.pop("eval_dataset", None)
-    args = CoSupConfig(str(folder), per_device_train_batch_size=batch // world, **settings | options)
+    config = Sharded if shard and world > 1 else CoSupConfig
+    args = config(str(folder), per_device_train_batch_size=batch // world, **settings | options)
     return Recorder(model, args, train_dataset=data, passages=PASSAGES, eval_dataset=eval_dataset)
 
 
-def training(kinds: str, negatives: bool = True, **options):
+def whole(tensors):
+    """Names and tensors, of which shards are put together."""
+    return ((name, t.full_tensor() if hasattr(t, "full_tensor") else t) for name, t in tensors)
+
+
+def training(kinds: str, negatives: bool = True, shard: bool = False, **options):
     """A run of a few steps: what it did to the weights, and the sums behind its logs."""
 
     def run(folder: Path, world: int) -> dict:
-        trainer = trainer_of(folder, instances(kinds, negatives), world, **options)
-        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer = trainer_of(folder, instances(kinds, negatives), world, shard=shard, **options)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         result = trainer.train()
-        moved = [(p.detach() - b).flatten() for p, b in zip(trainer.model.parameters(), before, strict=True)]
-        names = [name for name, _ in trainer.model.named_parameters()]
+        after = dict(whole(trainer.model.named_parameters()))
         parts = {
-            part: torch.cat([m for name, m in zip(names, moved, strict=True) if name.startswith(part)])
+            part: torch.cat(
+                [(after[name] - before[name]).flatten() for name in before if name.startswith(part)]
+            ).detach()
             for part in ("gen", "ctx", "projection", "log_temperature")
         }
         queue = () if trainer.queue is None else trainer.queue.candidates()
@@ -123,12 +143,14 @@ def given(gather: str):
     return run
 
 
-def evaluation(count: int):
-    """Batches of 2; of 7 instances the last has one, and a rank has a batch less; of 1 a rank has none."""
+def evaluation(count: int, **options):
+    """Batches of 2; of 5 instances the last has one, and a rank has a batch less; of 1 a rank has none."""
 
     def run(folder: Path, world: int) -> dict:
-        data = instances("qdtqqdq")[:count]
-        return trainer_of(folder, data, world, eval_dataset=data, per_device_eval_batch_size=2).evaluate()
+        options.update(max_steps=1, eval_dataset=instances("tqdqq")[-count:], per_device_eval_batch_size=2)
+        trainer = trainer_of(folder, instances("qdtqqdqt"), world, **options)
+        trainer.train()
+        return trainer.evaluate()
 
     return run
 
@@ -140,25 +162,30 @@ def refused(folder: Path, world: int) -> list[str]:
                           (("even_batches", False), ("dispatch_batches", True)))  # fmt: skip
     for options in ({"ddp_find_unused_parameters": True}, uneven, dispatched, {"fsdp": True}):
         try:
-            trainer_of(folder, instances("qqqq"), world, **options)
+            make_trainer(folder, **options)
         except ValueError as error:
             told.append(str(error))
     return told
 
 
-def resumed(folder: Path, world: int) -> dict:
-    """A whole run, and one from its checkpoint at step 4: dropout, shuffling, AdamW, accumulation, all candidates."""
-    options = dict(max_steps=7, logging_steps=3, queue_size=9, extra_passages=3, micro_batch_size=1, ddp_timeout=60)
-    runs = [make_trainer(folder, **options) for _ in range(2)]
-    runs[0].train()
-    runs[1].train(resume_from_checkpoint=str(folder / "checkpoint-4"))
-    names = ("loss", "ntp_loss", "nsp_loss", "retrieval_accuracy", "grad_norm", "step")
-    return {
-        "weights": [run.model.state_dict() for run in runs],
-        "queue": [run.queue.state_dict() for run in runs],
-        "logs": [[{n: log[n] for n in names} for log in run.state.log_history if "loss" in log] for run in runs],
-        "random": torch.get_rng_state(),
-    }
+def resumed(config: type[CoSupConfig] = CoSupConfig, **options):
+    """A whole run, and one from its checkpoint at step 4: dropout, shuffling, AdamW, accumulation, a queue."""
+    options |= dict(config=config, max_steps=7, logging_steps=3, queue_size=9, micro_batch_size=1, ddp_timeout=30)
+
+    def run(folder: Path, world: int) -> dict:
+        runs = [make_trainer(folder, **options) for _ in range(2)]
+        runs[0].train()
+        runs[1].train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+        names = ("loss", "ntp_loss", "nsp_loss", "retrieval_accuracy", "grad_norm", "step")
+        return {
+            "weights": [dict(whole(run.model.state_dict().items())) for run in runs],
+            "queue": [run.queue.state_dict() for run in runs],
+            "logs": [[{n: log[n] for n in names} for log in run.state.log_history if "loss" in log] for run in runs],
+            "random": torch.get_rng_state(),
+            "saved": GenCtxModel.from_pretrained(folder / "checkpoint-7").state_dict(),
+        }
+
+    return run
 
 
 UNEVEN = "tqqdqtdq" + "qqqqttdt" + "dddddqqt"  # ranks of 4: 4 and 5 queries, 4 and 2, 8 and 4
@@ -181,10 +208,20 @@ RUNS = {
     "loss": loss,
     "given exact": given("exact"),
     "given local": given("local"),
-    "evaluation of 7": evaluation(7),
+    "evaluation of 5": evaluation(5),
     "evaluation of 1": evaluation(1),
     "refused": refused,
-    "resumed": resumed,
+    "sharded": training(UNEVEN, shard=True),
+    "sharded idle": training(IDLE, shard=True),
+    "sharded ntp": training(UNEVEN, shard=True, mode="ntp"),
+    "sharded cached accumulated": training(UNEVEN * 2, gradient_accumulation_steps=2, micro_batch_size=3, shard=True),
+    "sharded cached idle": training(IDLE, micro_batch_size=1, shard=True),
+    "queue": training("qdqdqqtd", negatives=False, queue_size=13),
+    "sharded queue": training("qdqdqqtd", negatives=False, queue_size=13, shard=True),
+    "sharded evaluation of 5": evaluation(5, shard=True),
+    "sharded evaluation of 1": evaluation(1, shard=True),
+    "sharded resumed": resumed(Sharded),
+    "resumed": resumed(extra_passages=3),
 }
 
 
@@ -193,6 +230,8 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     for name, run in RUNS.items():
+        if len(sys.argv) > 2 and sys.argv[2] not in name:
+            continue
         torch.save(run(Path(sys.argv[1], f"run {name}"), world), Path(sys.argv[1], f"{name}.{rank}"))
     dist.barrier()
     os._exit(0)  # gloo's threads may abort a process that unwinds

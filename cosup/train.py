@@ -167,10 +167,12 @@ class CoSupTrainer(Trainer):
         train_dataset, eval_dataset: instances. passages: all that they name, by id.
 
     Over several processes all this is over all of them, the peak memory excepted. A batch has
-    per_device_train_batch_size instances of each; an epoch's last is filled up with some of its first.
+    per_device_train_batch_size instances of each; an epoch's last is filled up with some of its first. Sharded by FSDP2
+    the model stays so: save_model writes the whole pair, to be loaded for embedding and generation.
 
     Raises ValueError for no instances, label smoothing, micro-batches in mode "ntp", and for what several processes
-    cannot have: ddp_find_unused_parameters, uneven or dispatched batches, FSDP, DeepSpeed.
+    cannot have: ddp_find_unused_parameters, uneven or dispatched batches, DeepSpeed, FSDP1, FSDP2 with extra_passages
+    or without full checkpoints.
     """
 
     model: GenCtxModel
@@ -189,7 +191,8 @@ class CoSupTrainer(Trainer):
         if not len(train_dataset):
             raise ValueError("train_dataset: wanted at least one instance, got none")
         if args.world_size > 1:
-            _check_ranks(args)
+            if args.ddp_find_unused_parameters:
+                raise ValueError("ddp_find_unused_parameters: wanted False over several processes, got True")
             args.ddp_find_unused_parameters = False  # all take part on each rank; Gen's head outside of the forward
         if args.label_smoothing_factor:
             raise ValueError(f"args: wanted label_smoothing_factor 0, got {args.label_smoothing_factor}")
@@ -205,7 +208,8 @@ class CoSupTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._check_wrapper()
+        if args.world_size > 1:
+            self._check_ranks()
         self._reset_interval()
         self._micro_batch_size: int | None = getattr(args, "micro_batch_size", None)
         self._group = dist.group.WORLD if args.world_size > 1 else None
@@ -214,9 +218,9 @@ class CoSupTrainer(Trainer):
         shared = self._group is not None and self._gather != "local"
         self._share = slice(args.process_index, None, args.world_size) if shared else slice(None)
         contrasts = model.config.mode != "ntp"
-        if not contrasts and not model.config.shared_weights:  # Ctx has no part in it: DDP must not wait for it
+        if self._group is not None and not contrasts and not model.config.shared_weights:  # DDP must not wait for Ctx
             of_ctx = [name for name, _ in model.named_parameters() if name.startswith(("ctx.", "projection."))]
-            model._ddp_params_and_buffers_to_ignore = of_ctx
+            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, of_ctx)
         if self._micro_batch_size is not None and not contrasts:
             raise ValueError("micro_batch_size: wanted None in mode 'ntp' (gradient_accumulation_steps does the same)")
         self._passage_ids = list(passages)
@@ -357,19 +361,24 @@ class CoSupTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _check_wrapper(self) -> None:
-        """That what accelerate is going to wrap the model in is known to work; ValueError where not."""
+    def _check_ranks(self) -> None:
+        """That accelerate deals out batches and wraps the model in a way known to work; ValueError where not."""
+        even, dispatch = self.accelerator.even_batches, self.accelerator.dispatch_batches
+        if not even or dispatch:
+            got = f"even_batches={even}, dispatch_batches={dispatch}"
+            raise ValueError(f"accelerator_config: wanted even_batches=True, dispatch_batches unset, got {got}")
         if self.is_deepspeed_enabled:
             raise ValueError("deepspeed: wanted None, got a configuration; fsdp shards the weights")
-        if self.args.fsdp or self.is_fsdp_enabled:
-            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-            if not self.accelerator.is_fsdp2:  # on CPUs accelerate would take DistributedDataParallel without a word
-                version = "none" if plugin is None else plugin.fsdp_version
-                raise ValueError(f"fsdp: wanted version 2 on GPUs, got version {version} on {self.args.device.type}")
-            if "FULL" not in str(plugin.state_dict_type):
-                raise ValueError(f"fsdp_config: wanted state_dict_type FULL_STATE_DICT, got {plugin.state_dict_type}")
-            if getattr(self.args, "extra_passages", 0):
-                raise ValueError(f"extra_passages: wanted 0 with fsdp, got {self.args.extra_passages}")
+        if not (self.args.fsdp or self.is_fsdp_enabled):
+            return
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if not self.accelerator.is_fsdp2:  # on CPUs accelerate would take DistributedDataParallel without a word
+            version = "none" if plugin is None else plugin.fsdp_version
+            raise ValueError(f"fsdp: wanted version 2 on GPUs, got version {version} on {self.args.device.type}")
+        if "FULL" not in str(plugin.state_dict_type):
+            raise ValueError(f"fsdp_config: wanted state_dict_type FULL_STATE_DICT, got {plugin.state_dict_type}")
+        if extra := getattr(self.args, "extra_passages", 0):
+            raise ValueError(f"extra_passages: wanted 0 with fsdp, got {extra}")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The batches of one process, dealt out to the ranks: no instance twice, a rank may have a batch less."""
@@ -521,8 +530,8 @@ class CoSupTrainer(Trainer):
                 vectors = [self.model.embed_passages(*part) for part in zip(*rows, strict=True)]
             parts.append((torch.cat(vectors), inputs["extra_candidate_ids"]))
         if self.queue is not None:
-            vectors, ids = self.queue.candidates()
-            parts.append((vectors[self._share], ids[self._share]))
+            past, past_ids = self.queue.candidates()
+            parts.append((past[self._share], past_ids[self._share]))
         if not parts:
             return None
         return torch.cat([vectors for vectors, _ in parts]), torch.cat([ids for _, ids in parts])
@@ -556,8 +565,8 @@ class CoSupTrainer(Trainer):
         self._sums += torch.cat([self._row(output.loss, output.ntp_loss, output.nsp_loss), counts])
 
     def _row(self, *numbers: Tensor | int) -> Tensor:
-        as_float64 = dict(dtype=torch.float64, device=self.args.device)
-        return torch.stack([torch.as_tensor(number, **as_float64).detach() for number in numbers])
+        float64, device = torch.float64, self.args.device
+        return torch.stack([torch.as_tensor(number, dtype=float64, device=device).detach() for number in numbers])
 
     def _sum_over_ranks(self, t: Tensor) -> Tensor:
         """t, made the sum of those of all ranks in place."""
@@ -622,16 +631,6 @@ class CoSupTrainer(Trainer):
                 raise ValueError(f"queue_size: wanted {sizes[0]} as in {checkpoint}, got {sizes[1]}")
             if self.queue is not None:
                 self.queue.load_state_dict(kept)
-
-
-def _check_ranks(args: TrainingArguments) -> None:
-    """That several processes can be trained with these arguments; ValueError where not."""
-    if args.ddp_find_unused_parameters:
-        raise ValueError("ddp_find_unused_parameters: wanted False over several processes, got True")
-    even, dispatch = args.accelerator_config.even_batches, args.accelerator_config.dispatch_batches
-    if not even or dispatch:
-        got = f"even_batches={even}, dispatch_batches={dispatch}"
-        raise ValueError(f"accelerator_config: wanted even_batches=True, dispatch_batches unset, got {got}")
 
 
 def _parts(mode: str, losses: tuple[float, float], hits: float, queries: float) -> dict[str, float]:

@@ -520,7 +520,7 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
             if state.global_step == 8:
                 dying.save_pretrained = die
 
-    def die(*_):
+    def die(*_, **__):
         raise Died
 
     trainer = make_trainer(tmp_path, [Die()], max_steps=8)

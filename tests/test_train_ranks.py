@@ -106,7 +106,8 @@ def test_further_candidates_are_shared_out(several):
     assert len({*here["extra"], *there["extra"]} - set(range(8))) == 5  # none that either's batch holds
     here, there = several("given local")
     assert here["queue"] == there["queue"] == {-1, -2, -3, -4, -5, -6}
-    assert len(set(here["extra"])) == len(set(there["extra"])) == 5 and here["extra"] != there["extra"]
+    assert len(set(here["extra"])) == len(set(there["extra"])) == 5
+    assert len({*here["extra"], *there["extra"]}) > 7  # draws of their own
 
 
 @pytest.mark.filterwarnings("ignore:negatives do not accumulate")

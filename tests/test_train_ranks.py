@@ -130,7 +130,10 @@ SHARDED = {
 @pytest.mark.filterwarnings("ignore:negatives do not accumulate")
 def test_sharded_weights_take_the_same_steps(name, several, alone):
     """FSDP2: each rank holds a part of all weights, and gathers those of a layer when it comes to it."""
-    assert_same(several(name), alone(SHARDED[name]))
+    results = several(name)
+    assert_same(results, alone(SHARDED[name]))
+    layers = [f"{part}.{i}" for part in ("gen.model.layers", "ctx.encoder.layer") for i in range(2)]
+    assert {*layers, ""} < set(results[0]["units"])
 
 
 @pytest.mark.parametrize("wrapped", ["", "sharded "])

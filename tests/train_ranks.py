@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
 from train_worker import make_trainer
 
@@ -101,7 +102,14 @@ def training(kinds: str, negatives: bool = True, shard: bool = False, **options)
             for part in ("gen", "ctx", "projection", "log_temperature")
         }
         queue = () if trainer.queue is None else trainer.queue.candidates()
-        return {"moved": parts, "rows": trainer.rows, "train_loss": result.training_loss, "queue": queue}
+        units = [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)]
+        return {
+            "moved": parts,
+            "rows": trainer.rows,
+            "train_loss": result.training_loss,
+            "queue": queue,
+            "units": units,
+        }
 
     return run
 

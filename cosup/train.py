@@ -172,7 +172,7 @@ class CoSupTrainer(Trainer):
 
     Raises ValueError for no instances, label smoothing, micro-batches in mode "ntp", and for what several processes
     cannot have: ddp_find_unused_parameters, uneven or dispatched batches, DeepSpeed, FSDP1, FSDP2 with extra_passages
-    or without full checkpoints.
+    or without full state dicts.
     """
 
     model: GenCtxModel
@@ -375,8 +375,10 @@ class CoSupTrainer(Trainer):
         if not self.accelerator.is_fsdp2:  # on CPUs accelerate would take DistributedDataParallel without a word
             version = "none" if plugin is None else plugin.fsdp_version
             raise ValueError(f"fsdp: wanted version 2 on GPUs, got version {version} on {self.args.device.type}")
-        if "FULL" not in str(plugin.state_dict_type):
-            raise ValueError(f"fsdp_config: wanted state_dict_type FULL_STATE_DICT, got {plugin.state_dict_type}")
+        for name, wanted in (("state_dict_type", "FULL_STATE_DICT"), ("cpu_ram_efficient_loading", "False")):
+            got = str(getattr(plugin, name))  # the second unties tied weights
+            if wanted not in got:
+                raise ValueError(f"fsdp_config: wanted {name} {wanted}, got {got}")
         if extra := getattr(self.args, "extra_passages", 0):
             raise ValueError(f"extra_passages: wanted 0 with fsdp, got {extra}")
 

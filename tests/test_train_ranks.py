@@ -165,3 +165,7 @@ def test_what_several_processes_cannot_have_is_refused(several):
     assert "even_batches=True, dispatch_batches unset, got even_batches=False, dispatch_batches=None" in uneven
     assert "got even_batches=True, dispatch_batches=True" in dispatched
     assert sharded == "fsdp: wanted version 2 on GPUs, got version none on cpu"
+    parts, extra, empty = several("sharded refused")[0]
+    assert parts == "fsdp_config: wanted state_dict_type FULL_STATE_DICT, got StateDictType.SHARDED_STATE_DICT"
+    assert extra == "extra_passages: wanted 0 with fsdp, got 2"
+    assert empty == "fsdp_config: wanted cpu_ram_efficient_loading False, got True"

@@ -163,6 +163,18 @@ def evaluation(count: int, **options):
     return run
 
 
+def refused_shards(folder: Path, world: int) -> list[str]:
+    """What is said of options that sharded weights cannot have."""
+    told = []
+    for options in ({"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}, {"extra_passages": 2},
+                    {"fsdp_config": {"cpu_ram_efficient_loading": True}}):  # fmt: skip
+        try:
+            make_trainer(folder, config=Sharded, ddp_timeout=30, **options)
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
 def refused(folder: Path, world: int) -> list[str]:
     """What is said of options that several processes cannot have."""
     told = []
@@ -219,6 +231,7 @@ RUNS = {
     "evaluation of 5": evaluation(5),
     "evaluation of 1": evaluation(1),
     "refused": refused,
+    "sharded refused": refused_shards,
     "sharded": training(UNEVEN, shard=True),
     "sharded idle": training(IDLE, shard=True),
     "sharded ntp": training(UNEVEN, shard=True, mode="ntp"),

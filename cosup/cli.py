@@ -151,7 +151,8 @@ def train(
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_model()
-    console.print(f"saved {arguments.output_dir}", highlight=False, markup=False, soft_wrap=True)
+    if arguments.should_save:
+        console.print(f"saved {arguments.output_dir}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -476,7 +476,8 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
                         candidate_ids: Tensor | None = None, nsp_weight: float = 1.0, mode: str = "joint",
                         temperature: float | Tensor = 0.05, normalize: bool = True, logit_scale: float = 1.0,
                         logit_softcap: float | None = None, ntp_normalizer: float | Tensor | None = None,
-                        nsp_normalizer: float | Tensor | None = None, workspace_bytes: int | None = None,
+                        nsp_normalizer: float | Tensor | None = None, process_group: ProcessGroup | None = None,
+                        gather: str = "exact", workspace_bytes: int | None = None,
                         ) -> CoSupervisionOutput:  # fmt: skip
     """Next-token and next-sequence loss of one batch.
 
@@ -490,7 +491,12 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
         labels: [B, T] int64, not shifted, -100 where there is no target.
         query: [Q, D], Gen's state at each retrieval token.
         candidates: [P, D], passages by Ctx; ``target`` [Q], ``candidate_ids`` [P]: as in :func:`info_nce`.
-        ntp_normalizer, nsp_normalizer: Targets and queries of the whole accumulated batch; None: of this one.
+        ntp_normalizer, nsp_normalizer: Targets and queries of the whole accumulated batch, of all ranks; None: of this
+            one, on all ranks.
+        process_group, gather: Each of its ranks has a batch of its own, and ``gather`` says which candidates a query
+            sees: as in :func:`info_nce`. Both losses are over all ranks' rows and come out on every rank, with the
+            gradients of what is here: their sum over ranks, not their mean, is a parameter's. Counts and statistics
+            are of what is here.
 
     Returns:
         :class:`CoSupervisionOutput`; a term that is dropped, or has no targets, is 0 and keeps its graph.
@@ -507,6 +513,10 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
     ntp_count = (labels[:, 1:] != -100).sum()
     ntp_loss, nsp_loss = _nothing(hidden, linear_weight, linear_bias), _nothing(query, candidates, temperature)
     nsp_stats = None
+    if process_group is not None and (ntp_normalizer is None or nsp_normalizer is None):
+        counts = SumOverRanks.apply(torch.stack([ntp_count, ntp_count.new_tensor(len(query))]), process_group)
+        ntp_normalizer = counts[0] if ntp_normalizer is None else ntp_normalizer
+        nsp_normalizer = counts[1].clamp(min=1) if nsp_normalizer is None else nsp_normalizer
     if mode != "nsp":
         ntp_sum = linear_cross_entropy(hidden, linear_weight, labels, linear_bias=linear_bias, reduction="sum", shift=1,
                                        logit_scale=logit_scale, logit_softcap=logit_softcap,
@@ -514,9 +524,13 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
         assert isinstance(ntp_sum, Tensor)
         normalizer = ntp_count if ntp_normalizer is None else ntp_normalizer
         ntp_loss = ntp_loss + ntp_sum / torch.as_tensor(normalizer, device=hidden.device).clamp(min=1)
-    if mode != "ntp" and len(query):
+        if process_group is not None:
+            elsewhere = SumOverRanks.apply(ntp_loss.detach(), process_group) - ntp_loss.detach()
+            ntp_loss = ntp_loss + elsewhere
+    if mode != "ntp" and (len(query) or process_group is not None):
         nsp_sum, nsp_stats = info_nce(query, candidates, target, temperature=temperature, normalize=normalize,
                                       candidate_ids=candidate_ids, reduction="sum", return_stats=True,
+                                      process_group=process_group, gather=gather,
                                       workspace_bytes=workspace_bytes)  # fmt: skip
         nsp_loss = nsp_sum / (len(query) if nsp_normalizer is None else nsp_normalizer)
     loss = ntp_loss + nsp_weight * nsp_loss

@@ -164,6 +164,10 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         self.gen = gen
         self.ctx = gen.get_decoder() if ctx is None else ctx
 
+        # for FSDP: the layers that gather their weights each for itself
+        layers = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(layers & {*(gen._no_split_modules or ()), *(self.ctx._no_split_modules or ())})
+
         width, ctx_width = self.lm_head[0].shape[1], hidden_width(self.ctx)
         self.projection: nn.Linear | None = None
         if ctx_width != width:
@@ -172,7 +176,7 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
                 self.projection = nn.Linear(ctx_width, width, bias=False).to(gen.device, gen.dtype)
         self.log_temperature: nn.Parameter | None = None
         if config.learn_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature), device=gen.device))
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(config.temperature)], device=gen.device))
         self.train(gen.training)
 
     @classmethod
@@ -212,28 +216,30 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         model = cls(gen_model, ctx_model, gen_tokenizer, ctx_tokenizer, config)
         if kept is not None:
             extra = load_file(root / _EXTRA) if (root / _EXTRA).is_file() else {}
-            for name, parameter in model._extra().items():
+            for name, tensor in model._extra(model.state_dict()).items():
                 if name in extra:
-                    parameter.data.copy_(extra[name])
+                    tensor.copy_(extra[name])
                 elif name == "projection":
                     raise ValueError(f"gen: wanted a projection in {root / _EXTRA}, got none")
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write gen/ and ctx/ (each a model folder of transformers with its tokenizer), the rest and the config.
 
-        The config is written last: a folder without it is not a saved pair.
+        state_dict: the weights to write, where the model itself holds shards of them. The config is written last: a
+        folder without it is not a saved pair.
         """
+        weights = self.state_dict() if state_dict is None else state_dict
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _CONFIG).unlink(missing_ok=True)
-        self.gen.save_pretrained(folder / "gen")
+        self.gen.save_pretrained(folder / "gen", state_dict=_below("gen.", weights))
         self.gen_tokenizer.save_pretrained(folder / "gen")
         if not self.config.shared_weights:
-            self.ctx.save_pretrained(folder / "ctx")
+            self.ctx.save_pretrained(folder / "ctx", state_dict=_below("ctx.", weights))
             self.ctx_tokenizer.save_pretrained(folder / "ctx")
-        if extra := self._extra():
-            save_file({name: parameter.detach().contiguous() for name, parameter in extra.items()}, folder / _EXTRA)
+        if extra := self._extra(weights):
+            save_file({name: tensor.detach().contiguous() for name, tensor in extra.items()}, folder / _EXTRA)
         text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self.config)}, indent=2) + "\n"
         part = folder / (_CONFIG + ".part")
         part.write_text(text, encoding="utf-8")
@@ -362,14 +368,14 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
 
     gradient_checkpointing_enable = activation_checkpointing_enable
 
-    def _extra(self) -> dict[str, Tensor]:
-        """The parameters that neither gen nor ctx holds."""
-        extra = {}
-        if self.projection is not None:
-            extra["projection"] = self.projection.weight
-        if self.log_temperature is not None:
-            extra["log_temperature"] = self.log_temperature
-        return extra
+    def _extra(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the weights that neither gen nor ctx holds."""
+        names = {"projection": "projection.weight", "log_temperature": "log_temperature"}
+        return {short: weights[name] for short, name in names.items() if name in weights}
+
+
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def _check_rows(name: str, input_ids: Tensor, attention_mask: Tensor) -> None:

@@ -4,7 +4,10 @@
 
 so gradient accumulation gives the NTP gradient of one large batch. It does not give its negatives: each query sees the
 candidates of its own batch only. `micro_batch_size` does: a large batch, all its negatives, the gradients of the whole,
-in the memory of a micro-batch (cosup.gradcache). Single process: CPU or one GPU.
+in the memory of a micro-batch (cosup.gradcache).
+
+Over several processes (torchrun, accelerate launch) both terms are over the batches of all: the loss, the gradients and
+what is logged are those of one process that holds them all, rank after rank.
 """
 
 import argparse
@@ -15,21 +18,25 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from cosup.data.collate import micro_batches
 from cosup.data.schema import Instance, Passage, read_instances, read_passages
 from cosup.gradcache import RandomState
-from cosup.losses import CoSupervisionOutput, co_supervision_loss
+from cosup.losses import GATHERS, CoSupervisionOutput, co_supervision_loss
 from cosup.model import GenCtxConfig, GenCtxModel, GenCtxOutput, Mode, Pooling
 from cosup.nn import CandidateQueue
 
@@ -75,11 +82,20 @@ class CoSupConfig(TrainingArguments):
         },
     )
     queue_size: int = field(
-        default=0, metadata={"help": "So many passage vectors of earlier batches are candidates too, without gradient."}
-    )
+        default=0,
+        metadata={"help": "So many passage vectors of earlier batches, of all processes, are candidates too, without "
+                  "gradient."},
+    )  # fmt: skip
     extra_passages: int = field(
-        default=0, metadata={"help": "So many passages, drawn for each batch, are candidates too, without gradient."}
-    )
+        default=0,
+        metadata={"help": "So many passages, drawn for each batch, are candidates too, without gradient: shared out "
+                  "among the processes (with gather=local so many on each)."},
+    )  # fmt: skip
+    gather: Literal["exact", "detached", "local"] = field(
+        default="exact",
+        metadata={"help": "Candidates of a query, over several processes: those of all, with their gradients; those of "
+                  "all, with gradients for the own only; the own only."},
+    )  # fmt: skip
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (or this share of all)."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and infinite losses in the log."})
 
@@ -92,6 +108,8 @@ class CoSupConfig(TrainingArguments):
         for name in ("queue_size", "extra_passages"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: wanted at least 0, got {getattr(self, name)}")
+        if self.gather not in GATHERS:
+            raise ValueError(f"gather: wanted one of {', '.join(GATHERS)}, got {self.gather!r}")
         self.model_config()  # a wrong choice is told now, not after the models are loaded
 
     def model_config(self) -> GenCtxConfig:
@@ -148,7 +166,13 @@ class CoSupTrainer(Trainer):
         args: `CoSupConfig` or plain TrainingArguments.
         train_dataset, eval_dataset: instances. passages: all that they name, by id.
 
-    Raises ValueError for no instances, several processes, label smoothing, and micro-batches in mode "ntp".
+    Over several processes all this is over all of them, the peak memory excepted. A batch has
+    per_device_train_batch_size instances of each; an epoch's last is filled up with some of its first. Sharded by FSDP2
+    the model stays so: save_model writes the whole pair, to be loaded for embedding and generation.
+
+    Raises ValueError for no instances, label smoothing, micro-batches in mode "ntp", and for what several processes
+    cannot have: ddp_find_unused_parameters, uneven or dispatched batches, DeepSpeed, FSDP1, FSDP2 with extra_passages
+    or without full state dicts.
     """
 
     model: GenCtxModel
@@ -167,7 +191,9 @@ class CoSupTrainer(Trainer):
         if not len(train_dataset):
             raise ValueError("train_dataset: wanted at least one instance, got none")
         if args.world_size > 1:
-            raise ValueError(f"args: wanted one process, got {args.world_size}")
+            if args.ddp_find_unused_parameters:
+                raise ValueError("ddp_find_unused_parameters: wanted False over several processes, got True")
+            args.ddp_find_unused_parameters = False  # all take part on each rank; Gen's head outside of the forward
         if args.label_smoothing_factor:
             raise ValueError(f"args: wanted label_smoothing_factor 0, got {args.label_smoothing_factor}")
         args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: it would cut a batch whose query_index is flat
@@ -182,16 +208,26 @@ class CoSupTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.world_size > 1:
+            self._check_ranks()
         self._reset_interval()
         self._micro_batch_size: int | None = getattr(args, "micro_batch_size", None)
+        self._group = dist.group.WORLD if args.world_size > 1 else None
+        self._gather: str = getattr(args, "gather", "exact")
+        # further candidates that this rank gives: each is given by one rank, or seen by the queries of its rank alone
+        shared = self._group is not None and self._gather != "local"
+        self._share = slice(args.process_index, None, args.world_size) if shared else slice(None)
         contrasts = model.config.mode != "ntp"
+        if self._group is not None and not contrasts and not model.config.shared_weights:  # DDP must not wait for Ctx
+            of_ctx = [name for name, _ in model.named_parameters() if name.startswith(("ctx.", "projection."))]
+            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, of_ctx)
         if self._micro_batch_size is not None and not contrasts:
             raise ValueError("micro_batch_size: wanted None in mode 'ntp' (gradient_accumulation_steps does the same)")
         self._passage_ids = list(passages)
         self._extra_passages = getattr(args, "extra_passages", 0) if contrasts else 0
         size = getattr(args, "queue_size", 0) if contrasts else 0
         width = model.lm_head[0].shape[1]
-        self.queue = CandidateQueue(size, width, device=args.device) if size else None
+        self.queue = CandidateQueue(size, width, process_group=self._group, device=args.device) if size else None
         self.model_accepts_loss_kwargs = True  # compute_loss normalises by the whole accumulated batch
         if args.gradient_accumulation_steps > 1 and model.config.mode != "ntp":
             warnings.warn(
@@ -229,7 +265,8 @@ class CoSupTrainer(Trainer):
         """Train. resume_from_checkpoint: a checkpoint folder, or True or "last" for the last whole one of output_dir.
 
         The model is left in eval mode. Its rows that were cut to max_length are counted in one warning.
-        A resumed run goes on exactly: on the CPU its losses are those of a run that was never stopped, bit for bit.
+        A resumed run goes on exactly, with as many processes: on the CPU its losses are those of a run that was never
+        stopped, bit for bit.
         Raises ValueError where there is no whole checkpoint (a run killed while saving leaves a part of one).
         """
         if resume_from_checkpoint in (True, "last"):
@@ -251,12 +288,13 @@ class CoSupTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The micro-batches of one step, and their NTP targets and queries: int64 [2]."""
+        """The micro-batches of one step, and the NTP targets and queries of all ranks in it: int64 [2]."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
             counts[0] += (batch["labels"][:, 1:] != -100).sum()
             counts[1] += len(batch["query_index"])
+        self._sum_over_ranks(counts)
         if self._extra_passages:
             batches = [batch | self._draw(batch, place) for place, batch in enumerate(batches)]
         self._steps += 1
@@ -293,17 +331,27 @@ class CoSupTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Held-out losses: NTP per target token, NSP per query, over the whole set (negatives are of the batch)."""
+        """Held-out losses: NTP per target token, NSP per query, over the whole set (negatives are of the batch).
+
+        Several processes share the batches of one: what comes out is the same on each, however many there are.
+        """
         dataloader = self.get_eval_dataloader(eval_dataset)
         sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
+        most = torch.tensor(len(dataloader), device=self.args.device)
+        if self.is_fsdp_enabled:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
         self.model.eval()
         for inputs in dataloader:
             with torch.no_grad():
                 output = self._losses(self.model, self._needed(self._prepare_inputs(inputs)))
             targets, queries = output.ntp_count, output.nsp_count
-            self._add(sums, output.ntp_loss * targets, targets, output.nsp_loss * queries, queries, _hits(output))
+            sums += self._row(output.ntp_loss * targets, targets, output.nsp_loss * queries, queries, _hits(output))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        ntp_sum, targets, nsp_sum, queries, hits = sums.tolist()
+        if len(dataloader) < most:  # the others wait for the weights that this rank holds
+            inputs = self._prepare_inputs(self.collator([dataloader.dataset[0]]))
+            with torch.no_grad():
+                self._forward(self.model, self._needed(inputs))
+        ntp_sum, targets, nsp_sum, queries, hits = self._sum_over_ranks(sums).tolist()
         ntp_loss, nsp_loss = ntp_sum / max(targets, 1), nsp_sum / max(queries, 1)
         config = self.model.config
         metrics = {"loss": (config.mode != "nsp") * ntp_loss + (config.mode != "ntp") * config.nsp_weight * nsp_loss}
@@ -312,6 +360,35 @@ class CoSupTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _check_ranks(self) -> None:
+        """That accelerate deals out batches and wraps the model in a way known to work; ValueError where not."""
+        even, dispatch = self.accelerator.even_batches, self.accelerator.dispatch_batches
+        if not even or dispatch:
+            got = f"even_batches={even}, dispatch_batches={dispatch}"
+            raise ValueError(f"accelerator_config: wanted even_batches=True, dispatch_batches unset, got {got}")
+        if self.is_deepspeed_enabled:
+            raise ValueError("deepspeed: wanted None, got a configuration; fsdp shards the weights")
+        if not (self.args.fsdp or self.is_fsdp_enabled):
+            return
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if not self.accelerator.is_fsdp2:  # on CPUs accelerate would take DistributedDataParallel without a word
+            version = "none" if plugin is None else plugin.fsdp_version
+            raise ValueError(f"fsdp: wanted version 2 on GPUs, got version {version} on {self.args.device.type}")
+        for name, wanted in (("state_dict_type", "FULL_STATE_DICT"), ("cpu_ram_efficient_loading", "False")):
+            got = str(getattr(plugin, name))  # the second unties tied weights
+            if wanted not in got:
+                raise ValueError(f"fsdp_config: wanted {name} {wanted}, got {got}")
+        if extra := getattr(self.args, "extra_passages", 0):
+            raise ValueError(f"extra_passages: wanted 0 with fsdp, got {extra}")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The batches of one process, dealt out to the ranks: no instance twice, a rank may have a batch less."""
+        even, self.accelerator.even_batches = self.accelerator.even_batches, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.accelerator.even_batches = even
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._steps:
@@ -336,10 +413,10 @@ class CoSupTrainer(Trainer):
         return {**inputs, **{name: inputs[name][:0] for name in unused}}  # Ctx has no part in it
 
     def _losses(self, model: nn.Module, inputs: dict[str, Tensor], counts: Tensor | None = None) -> CoSupervisionOutput:
-        further = self._further(inputs) if model.training else None
+        further, group = (self._further(inputs), self._group) if model.training else (None, None)
         with self.accelerator.autocast():
             output = self._forward(model, inputs)
-            losses = self._loss(output, inputs, self.model.config.mode, counts, further)
+            losses = self._loss(output, inputs, self.model.config.mode, counts, further, group)
         if model.training:
             self._enqueue(output.passages, inputs)
         return losses
@@ -348,7 +425,8 @@ class CoSupTrainer(Trainer):
         """Loss and gradients of a batch in the memory of a micro-batch.
 
         First pass, without a graph: queries and passages. One NSP loss over all of them gives their gradients.
-        Second pass, with the same dropout: backward of each micro-batch's NTP loss and those gradients.
+        Second pass, with the same dropout: backward of each micro-batch's NTP loss and those gradients. Ranks wait for
+        each other in the NSP loss, in the last of their micro-batches, where gradients are summed, and at the end.
         """
         assert self._micro_batch_size is not None
         parts = micro_batches(batch, self._micro_batch_size)
@@ -362,7 +440,8 @@ class CoSupTrainer(Trainer):
         query, passages = (torch.cat(part).requires_grad_() for part in zip(*vectors, strict=True))
         self._enqueue(passages, batch)
         no_row = {"labels": batch["labels"][:0, :1]}
-        total = self._loss(GenCtxOutput(query[:0, None], query, passages), batch | no_row, "nsp", counts, further)
+        alone = GenCtxOutput(query[:0, None], query, passages)
+        total = self._loss(alone, batch | no_row, "nsp", counts, further, self._group)
         self.accelerator.backward(total.loss)
 
         no_query = {name: batch[name][:0] for name in ("query_target", "candidate_ids")}
@@ -371,26 +450,31 @@ class CoSupTrainer(Trainer):
         assert query.grad is not None and passages.grad is not None
         dqueries = query.grad.split([len(part["query_index"]) for part in parts])
         dpassages = passages.grad.split([len(part["passage_input_ids"]) for part in parts])
+        ntp_loss, ntp_count = torch.zeros_like(total.ntp_loss), total.ntp_count
         for part, state, dquery, dpassage in zip(parts, states, dqueries, dpassages, strict=True):
-            with state.again():
-                output = self._forward(model, part)
-            alone = output._replace(query=output.query[:0], passages=output.passages[:0])
-            losses = self._loss(alone, part | no_query, rest, counts)
-            loss = losses.loss if scaler is None else scaler.scale(losses.loss)
-            roots = [(loss, None), (output.query, dquery), (output.passages, dpassage)]
-            roots = [(tensor, grad) for tensor, grad in roots if tensor.requires_grad]  # no passages, a frozen model
-            torch.autograd.backward([tensor for tensor, _ in roots], [grad for _, grad in roots])
-            total = total._replace(
-                loss=total.loss + losses.loss.detach(),
-                ntp_loss=total.ntp_loss + losses.ntp_loss.detach(),
-                ntp_count=total.ntp_count + losses.ntp_count,
-            )
-        return total._replace(loss=total.loss.detach())
+            with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
+                with state.again():
+                    output = self._forward(model, part)
+                alone = output._replace(query=output.query[:0], passages=output.passages[:0])
+                losses = self._loss(alone, part | no_query, rest, counts)
+                loss = losses.loss if scaler is None else scaler.scale(losses.loss)
+                roots = [(loss, None), (output.query, dquery), (output.passages, dpassage)]
+                roots = [(tensor, grad) for tensor, grad in roots if tensor.requires_grad]  # none, or a frozen model
+                torch.autograd.backward([tensor for tensor, _ in roots], [grad for _, grad in roots])
+            ntp_loss, ntp_count = ntp_loss + losses.ntp_loss.detach(), ntp_count + losses.ntp_count
+        self._sum_over_ranks(ntp_loss)
+        return total._replace(loss=total.loss.detach() + ntp_loss, ntp_loss=ntp_loss, ntp_count=ntp_count)
 
     def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> GenCtxOutput:
         names = ("input_ids", "attention_mask", "query_index", "passage_input_ids", "passage_attention_mask")
+        given = {name: inputs[name] for name in names}
+        idle = self._group is not None and self.model.config.mode != "ntp" and not len(given["passage_input_ids"])
+        if idle:  # other ranks wait for the gradients of Ctx: here it embeds one token, for nothing
+            token = given["input_ids"].new_zeros(1, 1)
+            given |= {"passage_input_ids": token, "passage_attention_mask": token + 1}
         with self.accelerator.autocast():
-            return model(**{name: inputs[name] for name in names})
+            output = model(**given)
+        return output._replace(passages=output.passages[:0]) if idle else output
 
     def _loss(
         self,
@@ -399,8 +483,12 @@ class CoSupTrainer(Trainer):
         mode: Mode,
         counts: Tensor | None = None,
         further: tuple[Tensor, Tensor] | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> CoSupervisionOutput:
-        """Losses of these states and vectors, among the further candidates (vectors, ids) too."""
+        """Losses of these states and vectors, among the further candidates (vectors, ids) too; over the group's ranks.
+
+        Several ranks' gradients are to be summed, and are going to be averaged: that of the loss is so many times 1.
+        """
         config = self.model.config
         targets, queries = (None, None) if counts is None else counts.clamp(min=1).unbind()
         weight, bias = self.model.lm_head
@@ -409,7 +497,7 @@ class CoSupTrainer(Trainer):
             candidates = torch.cat([candidates, further[0].to(candidates.dtype)])
             ids = torch.cat([ids, further[1]])
         with self.accelerator.autocast():
-            return co_supervision_loss(
+            losses = co_supervision_loss(
                 output.hidden,
                 weight,
                 inputs["labels"],
@@ -426,11 +514,16 @@ class CoSupTrainer(Trainer):
                 logit_softcap=self.model.logit_softcap,
                 ntp_normalizer=targets,
                 nsp_normalizer=queries,
+                process_group=group,
+                gather=self._gather,
             )
+        if self._group is not None and losses.loss.requires_grad:
+            losses.loss.register_hook(lambda grad: grad * self.args.world_size)
+        return losses
 
     @torch.no_grad()
     def _further(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Candidates without a gradient and their ids: drawn passages, then those of the queue."""
+        """Candidates without a gradient and their ids: drawn passages, then those of the queue; this rank's share."""
         parts = []
         if "extra_candidate_ids" in inputs:
             size = self._micro_batch_size or self.args.per_device_train_batch_size
@@ -439,7 +532,8 @@ class CoSupTrainer(Trainer):
                 vectors = [self.model.embed_passages(*part) for part in zip(*rows, strict=True)]
             parts.append((torch.cat(vectors), inputs["extra_candidate_ids"]))
         if self.queue is not None:
-            parts.append(self.queue.candidates())
+            past, past_ids = self.queue.candidates()
+            parts.append((past[self._share], past_ids[self._share]))
         if not parts:
             return None
         return torch.cat([vectors for vectors, _ in parts]), torch.cat([ids for _, ids in parts])
@@ -449,21 +543,38 @@ class CoSupTrainer(Trainer):
             self.queue.enqueue(passages, inputs["candidate_ids"])
 
     def _draw(self, batch: dict[str, Tensor], place: int) -> dict[str, Tensor]:
-        """Passages that the batch does not hold; each batch of each step has its own draw, the same when resumed."""
+        """Passages that the batch does not hold; each batch of each step has its own draw, the same when resumed.
+
+        The batches of all ranks have one draw, which the ranks share; where a query sees the candidates of its own rank
+        only, each rank has its own.
+        """
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        held = set(batch["candidate_ids"].tolist())
-        count = min(self._extra_passages + len(held), len(self._passage_ids))
-        rows = random.Random(f"{seed} {self.state.global_step} {place}").sample(range(len(self._passage_ids)), count)
-        ids = [self._passage_ids[row] for row in rows if row not in held][: self._extra_passages]
+        name, held = f"{seed} {self.state.global_step} {place}", batch["candidate_ids"].tolist()
+        if self._gather == "local":
+            name += f" {self.args.process_index}"
+        elif self._group is not None:
+            everywhere: list[Any] = [None] * self.args.world_size
+            dist.all_gather_object(everywhere, held, group=self._group)
+            held = sum(everywhere, [])
+        count = min(self._extra_passages + len(set(held)), len(self._passage_ids))
+        rows = random.Random(name).sample(range(len(self._passage_ids)), count)
+        ids = [self._passage_ids[row] for row in rows if row not in set(held)][: self._extra_passages][self._share]
         return {f"extra_{name}": tensor for name, tensor in self.collator.candidates(ids).items()}
 
     def _record(self, output: CoSupervisionOutput, inputs: dict[str, Tensor]) -> None:
         tokens = sum(mask.sum() for name, mask in inputs.items() if name.endswith("attention_mask"))
-        hits, queries = _hits(output), output.nsp_count
-        self._add(self._sums, output.loss, output.ntp_loss, output.nsp_loss, hits, queries, tokens)
+        counts = self._sum_over_ranks(self._row(_hits(output), output.nsp_count, tokens))
+        self._sums += torch.cat([self._row(output.loss, output.ntp_loss, output.nsp_loss), counts])
 
-    def _add(self, sums: Tensor, *parts: Tensor | int) -> None:
-        sums += torch.stack([torch.as_tensor(part, dtype=sums.dtype, device=sums.device).detach() for part in parts])
+    def _row(self, *numbers: Tensor | int) -> Tensor:
+        float64, device = torch.float64, self.args.device
+        return torch.stack([torch.as_tensor(number, dtype=float64, device=device).detach() for number in numbers])
+
+    def _sum_over_ranks(self, t: Tensor) -> Tensor:
+        """t, made the sum of those of all ranks in place."""
+        if self._group is not None:
+            dist.all_reduce(t, group=self._group)
+        return t
 
     def _reset_interval(self) -> None:
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.args.device)
@@ -476,22 +587,31 @@ class CoSupTrainer(Trainer):
         self._mark = time.perf_counter()  # what was just done is not training time
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        self.model.save_pretrained(output_dir or str(self.args.output_dir))
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or str(self.args.output_dir), state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        (folder / _STATE).unlink(missing_ok=True)  # of an earlier run; it is written last, and makes a checkpoint whole
+        if self.args.should_save:  # one of an earlier run; it is written last, and makes a checkpoint whole
+            (folder / _STATE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._group is not None:
+            dist.barrier(self._group)  # the state is written after those of all ranks
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         kept = GenCtxModel.from_pretrained(resume_from_checkpoint, config=self.model.config, dtype=self.model.gen.dtype)
-        self.model.load_state_dict(kept.state_dict())
+        set_model_state_dict(self.model, kept.state_dict(), options=StateDictOptions(full_state_dict=True))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return
         interval = {"sums": self._sums.tolist(), "steps": self._steps, "seconds": self._seconds}
         Path(output_dir, _INTERVAL).write_text(json.dumps(interval), encoding="utf-8")
         if self.queue is not None:

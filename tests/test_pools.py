@@ -27,9 +27,9 @@ def test_a_setting_trains_on_its_pool(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(
         pools.CoSupTrainer,
         "_loss",
-        lambda self, output, inputs, mode, counts=None, further=None: (
+        lambda self, output, inputs, mode, counts=None, further=None, group=None: (
             seen.append((len(output.query), len(output.passages) + (0 if further is None else len(further[0]))))
-            or loss(self, output, inputs, mode, counts, further)
+            or loss(self, output, inputs, mode, counts, further, group)
         ),
     )
     torch.manual_seed(0)

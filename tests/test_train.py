@@ -520,7 +520,7 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
             if state.global_step == 8:
                 dying.save_pretrained = die
 
-    def die(*_):
+    def die(*_, **__):
         raise Died
 
     trainer = make_trainer(tmp_path, [Die()], max_steps=8)
@@ -611,6 +611,7 @@ def test_a_preset_gives_what_is_not_given_and_a_saved_pair_keeps_its_own(tmp_pat
         ("pooling: max", "pooling: wanted one of mean, last, token, got 'max'"),
         ("preset: mine", "preset: wanted default or paper, got 'mine'"),
         ("micro_batch_size: 0", "micro_batch_size: wanted at least 1 or None, got 0"),
+        ("gather: all", "gather: wanted one of exact, detached, local, got 'all'"),
         ("queue_size: -1", "queue_size: wanted at least 0, got -1"),
         ("extra_passages: -1", "extra_passages: wanted at least 0, got -1"),
     ],

@@ -18,7 +18,8 @@ from tiny import tiny_encoder, tiny_instances, tiny_passages, tiny_tokenizer
 N = 22  # instances: 11 micro-batches, 6 steps an epoch, the last of one micro-batch
 
 
-def make_trainer(folder: Path, callbacks: list[TrainerCallback] | None = None, **options: object) -> CoSupTrainer:
+def make_trainer(folder: Path, callbacks: list[TrainerCallback] | None = None, config: type[CoSupConfig] = CoSupConfig,
+                 **options: object) -> CoSupTrainer:  # fmt: skip
     """Always the same run, whichever process makes it."""
     torch.manual_seed(0)
     gpt2 = GPT2Config(
@@ -37,7 +38,7 @@ def make_trainer(folder: Path, callbacks: list[TrainerCallback] | None = None, *
         warnings.simplefilter("ignore")  # negatives do not accumulate
         return CoSupTrainer(
             model,
-            CoSupConfig(output_dir=str(folder), **settings | options),
+            config(output_dir=str(folder), **settings | options),
             train_dataset=tiny_instances(N),
             passages=tiny_passages(N),
             callbacks=callbacks,

@@ -1,0 +1,171 @@
+"""CoSupTrainer in two processes does what one does with the batches of both; started as users do, by torchrun."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import train_ranks
+
+WORLD = 2
+NSP, QUERIES = 2, 4  # of a row
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums are split by threads
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """What each run gave, rank by rank. All runs are of one launch: it is the imports that take the time."""
+    folder = tmp_path_factory.mktemp("several")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    process = subprocess.Popen(
+        [*command, train_ranks.__file__, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=150)
+    finally:
+        process.terminate()  # and with it its processes
+    assert process.returncode == 0, output
+    return lambda name: [torch.load(folder / f"{name}.{rank}", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.fixture
+def alone(tmp_path):
+    return lambda name: train_ranks.RUNS[name](tmp_path, 1)
+
+
+def assert_same(several, alone):
+    """In float64, but for Llama's norm, which is in float32 and so rounds by the shape of the batch."""
+    for result in several:
+        rows, wanted = (torch.tensor(part["rows"], dtype=torch.float64) for part in (result, alone))
+        torch.testing.assert_close(rows, wanted, rtol=1e-6, atol=0)
+        assert result["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-6)
+        for part, moved in alone["moved"].items():
+            assert (result["moved"][part] - moved).norm() <= 1e-6 * moved.norm() + 1e-8, part
+
+
+def test_the_loss_over_ranks_is_that_of_all_rows(several, alone):
+    """Each rank has the loss, and the gradients of its rows; those of the head are summed."""
+    wanted, (*of_rows, of_head), counts = alone("loss")
+    results = several("loss")
+    for losses, _, _ in results:
+        torch.testing.assert_close(losses, wanted)
+    for gradients, want in zip(zip(*(grads[:3] for _, grads, _ in results), strict=True), of_rows, strict=True):
+        torch.testing.assert_close(torch.cat(gradients), want)
+    torch.testing.assert_close(sum(grads[3] for _, grads, _ in results), of_head)
+    assert [sum(ours) for ours in zip(*(here for _, _, here in results), strict=True)] == counts
+
+
+@pytest.mark.parametrize("name", ["joint", "nsp", "ntp", "paper", "accumulated"])
+@pytest.mark.filterwarnings("ignore:negatives do not accumulate")
+def test_a_step_of_several_is_the_step_of_one(name, several, alone):
+    """Weights, losses, hits, queries and tokens; ranks differ in all their numbers."""
+    whole = alone(name)
+    assert_same(several(name), whole)
+    trained = {part for part, moved in whole["moved"].items() if moved.norm() > 1e-3}
+    assert trained == ({"gen"} if name == "ntp" else {"gen", "ctx", "projection", "log_temperature"})
+
+
+def test_a_rank_without_a_query_takes_part(several, alone):
+    whole = alone("idle")
+    assert [row[QUERIES] for row in whole["rows"]] == [6, 6, 0]
+    assert_same(several("idle"), whole)
+
+
+@pytest.mark.parametrize("name", ["cached", "cached idle", "cached accumulated"])
+@pytest.mark.filterwarnings("ignore:negatives do not accumulate")
+def test_micro_batches_on_each_rank_give_the_gradients_of_the_whole(name, several, alone):
+    without = {"cached": "joint", "cached idle": "idle", "cached accumulated": "accumulated"}[name]
+    assert_same(several(name), alone(without))
+
+
+@pytest.mark.parametrize("name", ["further", "cached further"])
+def test_further_candidates_count_once(name, several, alone):
+    """Queue and extra passages: each vector once among all ranks, positives that come again left out."""
+    whole = alone("further")
+    results = several(name)
+    assert_same(results, whole)
+    for result in results:
+        torch.testing.assert_close(result["queue"], whole["queue"])
+        assert len(result["queue"][1]) == 13
+
+
+def test_further_candidates_are_shared_out(several):
+    """Each by one rank where all ranks see it; where a query sees its own rank's only, all of the queue by each."""
+    here, there = several("given exact")
+    assert (here["queue"], there["queue"]) == ({-1, -3, -5}, {-2, -4, -6})
+    assert (len(here["extra"]), len(there["extra"])) == (3, 2)
+    assert len({*here["extra"], *there["extra"]} - set(range(8))) == 5  # none that either's batch holds
+    here, there = several("given local")
+    assert here["queue"] == there["queue"] == {-1, -2, -3, -4, -5, -6}
+    assert len(set(here["extra"])) == len(set(there["extra"])) == 5
+    assert len({*here["extra"], *there["extra"]}) > 7  # draws of their own
+
+
+@pytest.mark.filterwarnings("ignore:negatives do not accumulate")
+def test_a_query_sees_what_gather_says(several, alone):
+    """local: as in one process that accumulates both batches. detached: the first step's losses are those of exact."""
+    assert_same(several("local"), alone("halves"))
+    detached, exact = several("detached")[0], several("joint")[0]
+    assert detached["rows"][0][:6] == pytest.approx(exact["rows"][0][:6])
+    assert (detached["moved"]["ctx"] - exact["moved"]["ctx"]).norm() > 0.01 * exact["moved"]["ctx"].norm()
+    assert abs(several("local")[0]["rows"][0][NSP] - exact["rows"][0][NSP]) > 0.01
+
+
+SHARDED = {
+    "sharded": "joint", "sharded ntp": "ntp", "sharded idle": "idle", "sharded cached idle": "idle",
+    "sharded cached accumulated": "accumulated", "sharded queue": "queue",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.filterwarnings("ignore:negatives do not accumulate")
+def test_sharded_weights_take_the_same_steps(name, several, alone):
+    """FSDP2: each rank holds a part of all weights, and gathers those of a layer when it comes to it."""
+    results = several(name)
+    assert_same(results, alone(SHARDED[name]))
+    layers = [f"{part}.{i}" for part in ("gen.model.layers", "ctx.encoder.layer") for i in range(2)]
+    assert {*layers, ""} < set(results[0]["units"])
+
+
+@pytest.mark.parametrize("wrapped", ["", "sharded "])
+@pytest.mark.parametrize("name", ["evaluation of 5", "evaluation of 1"])
+def test_held_out_losses_do_not_depend_on_the_number_of_processes(name, wrapped, several, alone):
+    whole = alone(name)
+    for result in several(wrapped + name):
+        assert result == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resumed", "sharded resumed"])
+def test_a_resumed_run_goes_on_bit_for_bit(name, several):
+    """Its checkpoints are saved pairs."""
+    results = several(name)
+    for result in results:
+        assert result["logs"][0] == result["logs"][1] == results[0]["logs"][0]
+        assert [log["step"] for log in result["logs"][0]] == [3, 6]
+        for kind in ("weights", "queue"):
+            for a, b, c in zip(*(each.values() for each in (*result[kind], results[0][kind][0])), strict=True):
+                assert torch.equal(a, b) and torch.equal(a, c)
+        for tensor, weights in result["weights"][0].items():
+            assert torch.equal(result["saved"][tensor], weights)
+    assert not torch.equal(results[0]["random"], results[1]["random"])
+
+
+def test_what_several_processes_cannot_have_is_refused(several):
+    unused, uneven, dispatched, sharded = several("refused")[0]
+    assert unused == "ddp_find_unused_parameters: wanted False over several processes, got True"
+    assert "even_batches=True, dispatch_batches unset, got even_batches=False, dispatch_batches=None" in uneven
+    assert "got even_batches=True, dispatch_batches=True" in dispatched
+    assert sharded == "fsdp: wanted version 2 on GPUs, got version none on cpu"
+    parts, extra, empty = several("sharded refused")[0]
+    assert parts == "fsdp_config: wanted state_dict_type FULL_STATE_DICT, got StateDictType.SHARDED_STATE_DICT"
+    assert extra == "extra_passages: wanted 0 with fsdp, got 2"
+    assert empty == "fsdp_config: wanted cpu_ram_efficient_loading False, got True"

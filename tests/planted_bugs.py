@@ -26,6 +26,7 @@ class Bug(NamedTuple):
     build: bool = False  # the native library must be rebuilt
 
 
+TRAIN_RANKS = "tests/test_train_ranks.py"
 RING = "tests/test_distributed.py -k contrastive_equals_one_process"
 POSITIVES = "tests/test_positives.py"
 LOSSES, OPS, TILES = "tests/test_losses.py", "tests/test_ops.py", "tests/test_tiles.py"
@@ -186,6 +187,35 @@ BUGS = [
     Bug("ring: read before it is here", "cosup/ring.py", "        swap.wait()\n        here = coming", "        here = coming", RING),
     Bug("ring: a part more", "cosup/ring.py", "        yield Visit(step,", "        peers.kept = [*getattr(peers, 'kept', []), here[0].clone()]\n        yield Visit(step,",
         DISTRIBUTED + " -k memory_of_a_ring"),
+    Bug("processes: the mean of gradients", "cosup/train.py", "lambda grad: grad * self.args.world_size", "lambda grad: grad", TRAIN_RANKS + " -k joint"),
+    Bug("processes: own candidates alone", "cosup/train.py", "(self._further(inputs), self._group) if model.training", "(self._further(inputs), None) if model.training", TRAIN_RANKS + " -k joint"),
+    Bug("processes: own normalisers", "cosup/train.py", "        self._sum_over_ranks(counts)\n        if self._extra", "        if self._extra", TRAIN_RANKS + " -k joint"),
+    Bug("processes: tokens counted twice", "cosup/train.py", "        self._sum_over_ranks(counts)\n        if self._extra", "        self._sum_over_ranks(self._sum_over_ranks(counts))\n        if self._extra", TRAIN_RANKS + " -k joint"),
+    Bug("processes: own hits in the log", "cosup/train.py", "counts = self._sum_over_ranks(self._row(_hits(output), output.nsp_count, tokens))", "counts = self._row(_hits(output), output.nsp_count, tokens)", TRAIN_RANKS + " -k joint"),
+    Bug("processes: NTP of the others forgotten", "cosup/losses.py", "            ntp_loss = ntp_loss + elsewhere", "            ntp_loss = ntp_loss + 0 * elsewhere", TRAIN_RANKS + " -k loss_over_ranks"),
+    Bug("processes: NSP over own queries", "cosup/losses.py", "nsp_normalizer = counts[1].clamp(min=1) if nsp", "nsp_normalizer = max(len(query), 1) if nsp", TRAIN_RANKS + " -k loss_over_ranks"),
+    Bug("processes: gather is always exact", "cosup/train.py", "gather=self._gather,", "gather=\"exact\",", TRAIN_RANKS + " -k gather_says"),
+    Bug("processes: unused parameters are looked for", "cosup/train.py", "args.ddp_find_unused_parameters = False", "args.ddp_find_unused_parameters = True", TRAIN_RANKS + " -k joint"),
+    Bug("processes: Ctx waited for in mode ntp", "cosup/train.py", "_set_params_and_buffers_to_ignore_for_model(model, of_ctx)", "_set_params_and_buffers_to_ignore_for_model(model, [])", TRAIN_RANKS + " -k ntp"),
+    Bug("processes: Ctx not run without passages", "cosup/train.py", "        idle = self._group is not None and", "        idle = False and", TRAIN_RANKS + " -k without_a_query"),
+    Bug("processes: cached: own candidates alone", "cosup/train.py", "\"nsp\", counts, further, self._group)", "\"nsp\", counts, further, None)", TRAIN_RANKS + " -k micro_batches"),
+    Bug("processes: cached: gradients not summed", "cosup/train.py", "with nullcontext() if part is parts[-1] else", "with", TRAIN_RANKS + " -k micro_batches"),
+    Bug("processes: cached: own NTP in the log", "cosup/train.py", "        self._sum_over_ranks(ntp_loss)\n", "", TRAIN_RANKS + " -k micro_batches"),
+    Bug("processes: the queue counts on each", "cosup/train.py", "parts.append((past[self._share], past_ids[self._share]))", "parts.append((past, past_ids))", TRAIN_RANKS + " -k count_once"),
+    Bug("processes: a queue of its own", "cosup/train.py", "process_group=self._group, device=args.device", "device=args.device", TRAIN_RANKS + " -k count_once"),
+    Bug("processes: drawn passages on each", "cosup/train.py", "[: self._extra_passages][self._share]", "[: self._extra_passages]", TRAIN_RANKS + " -k shared_out"),
+    Bug("processes: drawn passages that others hold", "cosup/train.py", "            held = sum(everywhere, [])\n", "", TRAIN_RANKS + " -k shared_out"),
+    Bug("processes: local draws alike", "cosup/train.py", "name += f\" {self.args.process_index}\"", "pass", TRAIN_RANKS + " -k shared_out"),
+    Bug("processes: held-out rows twice", "cosup/train.py", "self.accelerator.even_batches, False", "self.accelerator.even_batches, True", TRAIN_RANKS + " -k held_out"),
+    Bug("processes: own held-out sums", "cosup/train.py", "self._sum_over_ranks(sums).tolist()", "sums.tolist()", TRAIN_RANKS + " -k held_out"),
+    Bug("processes: the queue resumed on one", "cosup/train.py", "            if self.queue is not None:\n                self.queue.load", "            if self.queue is not None and self.args.should_save:\n                self.queue.load", TRAIN_RANKS + " -k resumed"),
+    Bug("processes: the log resumed on one", "cosup/train.py", "            self._sums = torch.tensor(interval", "            self._sums = self.args.should_save * torch.tensor(interval", TRAIN_RANKS + " -k resumed"),
+    Bug("processes: fewer held-out batches on one", "cosup/train.py", "        if len(dataloader) < most:", "        if False:", TRAIN_RANKS + " -k held_out"),
+    Bug("processes: shards saved", "cosup/train.py", "str(self.args.output_dir), state_dict)", "str(self.args.output_dir))", TRAIN_RANKS + " -k resumed"),
+    Bug("processes: a scalar is sharded", "cosup/model.py", "torch.tensor([math.log(config.temperature)], ", "torch.tensor(math.log(config.temperature), ", TRAIN_RANKS + " -k sharded"),
+    Bug("processes: FSDP1 taken", "cosup/train.py", "        if not self.accelerator.is_fsdp2:", "        if plugin and not self.accelerator.is_fsdp2:", TRAIN_RANKS + " -k refused"),
+    Bug("processes: layers sharded as one", "cosup/model.py", "self._no_split_modules = sorted(layers &", "self._no_split_modules = sorted(set() &", TRAIN_RANKS + " -k sharded"),
+    Bug("processes: uneven batches taken", "cosup/train.py", "        if not even or dispatch:", "        if dispatch:", TRAIN_RANKS + " -k refused"),
     Bug("cache: passage taken in twice", "cosup/generate.py", "position_ids=cached + new", "position_ids=cached + new.clamp(max=1)",
         "tests/test_generate.py"),
     Bug("resume: random state not restored", "cosup/train.py", "        super()._load_optimizer_and_scheduler(checkpoint)\n",

@@ -158,8 +158,8 @@ def tile_grad(
 def sigmoid_stats(
     dot_RS, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, *unused
 ):  # fmt: skip
-    """Merge a tile into what the sigmoid loss sums over each row, in place: arguments as of :func:`tile_stats`, of which
-    it takes the ids and bias alone, and of ``state`` three fields.
+    """Merge a tile into what the sigmoid loss sums over each row, in place: arguments as of :func:`tile_stats`, but
+    without what comes after the ids, and with three fields of ``state``.
 
         sum   sum of softplus(y)                    y[r, s] = -z[r, s] where col0 + s == target[r], else z[r, s]
         soft  sum of g = sigma(z) - [target]        d sum / dz

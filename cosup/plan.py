@@ -48,6 +48,7 @@ class Cost(NamedTuple):
     tile: int  # per element of the tile
     dots: int  # per element of a strip before it is copied into the tile
     coef: int  # per element of a strip while its gradients are added: coefficients beside the tile
+    packed: int  # the same while the table's gradient is: coefficients packed for that product
     product: int  # per element of their product, before it is added
     row: int  # per row of the whole problem: statistics, coefficients, row numbers
     column: int  # per column of it: their statistics; 0 where those of rows are enough
@@ -84,6 +85,8 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
             strategy = Strategy.GRADS_IN_FORWARD
     else:
         rows = min(n, SLAB_HEIGHT * cost.least_rows)
+        while cost.strips_alone and rows > cost.least_rows and rows * rows > cost.strip > 0:  # no taller than wide
+            rows = -(-rows // 2)
         while rows > 1 and not fits(rows, min(m, max(rows, ALIGN))):
             rows = -(-rows // 2)
         cols = m if fits(rows, m) else ALIGN * _most(m // ALIGN, lambda parts: fits(rows, ALIGN * parts))
@@ -105,8 +108,9 @@ def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
     strip = strip_cols(rows, cols, cost)
     width = strip if cost.strips_alone else cols
     total = rows * (padded(-(-width // cost.merged_cols)) * cost.tile + cost.block_row) + n * cost.row + m * cost.column
-    product = max(rows, strip) * cost.features * cost.product
-    total += max(rows * strip * cost.dots, (rows * strip * cost.coef + product) if grads else 0)
+    product = cost.features * cost.product
+    gradients = rows * strip * cost.coef + max(rows * product, strip * (rows * cost.packed + product))
+    total += max(rows * strip * cost.dots, gradients if grads else 0)
     if grads and rows < n:
         total += cols * cost.table_row
     if grads and cols < m:

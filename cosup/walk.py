@@ -282,7 +282,8 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
         merged_cols=FUSED_COLUMNS if fused else 1,
         tile=wide * (FUSED_FIELDS if fused else REFERENCE_COPIES if backend == "reference" else 1),
         dots=product * 3 // 2 if item == 4 and d > gemm.CHAIN else product,  # with the parts that oneDNN packs
-        coef=product * (2 if x.dtype == torch.bfloat16 else 1),  # 16-bit ones are apart; oneDNN packs them
+        coef=product * {torch.bfloat16: 2, torch.float16: 1}.get(x.dtype, 0),  # apart; oneDNN packs bfloat16 ones
+        packed=product if item == 4 else 0,  # by oneDNN
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
         row=5 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets and row numbers
         column=6 * wide if symmetric else wide * sigmoid,  # ColumnState; weights and their coefficients

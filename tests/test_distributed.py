@@ -32,3 +32,8 @@ def test_contrastive_of_own_gradients_and_own_candidates():
 
 def test_bad_contrastive_options_are_refused():
     ranks.run(ranks.bad_contrastive_options_are_refused, 2)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_pairs_equal_one_process(world):
+    ranks.run(ranks.pairs_equal_one_process, world)

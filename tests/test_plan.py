@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from cosup import walk
 from cosup.plan import Cost, Strategy, plan, used
 
-WIDE = Cost(strip=0, features=768, least_rows=64, merged_cols=1, tile=4, dots=0, coef=0, product=0, row=60,
+WIDE = Cost(strip=0, features=768, least_rows=64, merged_cols=1, tile=4, dots=0, coef=0, packed=0, product=0, row=60,
             column=0, block_row=0, table_row=0, query_row=0)  # fmt: skip
 costs = st.builds(Cost, strip=st.sampled_from([0, 1 << 20]), features=st.integers(0, 10_000),
                   least_rows=st.integers(1, 2000),
                   merged_cols=st.sampled_from([1, 128]), tile=st.sampled_from([4, 8]),
                   dots=st.sampled_from([0, 2, 4, 20]), coef=st.sampled_from([0, 2]),
+                  packed=st.sampled_from([0, 4]),
                   product=st.sampled_from([0, 4, 6]), row=st.integers(0, 80),
                   column=st.integers(0, 40), block_row=st.integers(0, 10_000),
                   table_row=st.integers(0, 5_000), query_row=st.integers(0, 5_000),

@@ -46,9 +46,10 @@ def workspace(strategy, query, monkeypatch):
     """A budget for one block, for blocks of rows by strips, or for slabs of columns as where a tile is one strip."""
     if strategy == "slabs":
         monkeypatch.setattr("cosup.walk.STRIP", 0)
+    if strategy == "one block":
+        monkeypatch.setattr("cosup.walk.LEAST_ROWS", {"cpu": N, "cuda": N})
     c = cost(query, resolve("auto", query), gathered=False, sigmoid=True)
     if strategy == "one block":
-        monkeypatch.setattr("cosup.plan.SLAB_HEIGHT", N)
         budget = 1 << 24
     else:
         budget = used(N, M, 20, 48 if strategy == "slabs" else M, c._replace(strip=c.strip and 16), True)

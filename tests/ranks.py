@@ -212,7 +212,7 @@ def pairs_equal_one_process(rank, world):
             losses = torch.cat(parts)
         weights = weight if more else torch.ones_like(weight)
         losses = weights * losses
-        of_rows = {"mean": losses / weights.sum(), "sum": losses, "none": losses if up is None else losses * up}[reduction]
+        of_rows = losses / weights.sum() if reduction == "mean" else losses if up is None else losses * up
         dq, _, dt, db = torch.autograd.grad(of_rows[rows].sum(), whole, retain_graph=True)
         (dc,) = torch.autograd.grad((of_rows[rows] if gather == "detached" else of_rows).sum(), whole[1])
         want = losses[rows] if reduction == "none" else of_rows.sum()

@@ -281,3 +281,12 @@ def test_bad_input(bad, error, message):
     good = {"query": torch.randn(3, 8, requires_grad=True), "candidates": torch.randn(5, 8)}
     with pytest.raises(error, match=message):
         sigmoid_loss(**(good | bad))
+
+
+def test_a_budget_for_the_forward_pass_alone_is_refused_at_once():
+    """bfloat16's gradients are summed apart, in room that the statistics do not need."""
+    query, candidates, target = problem(torch.bfloat16, "cpu")
+    least = 12_000
+    assert sigmoid_loss(query, candidates, target, reduction="none", workspace_bytes=least).isfinite().all()
+    with pytest.raises(ValueError, match="workspace_bytes must be at least"):
+        sigmoid_loss(query.requires_grad_(), candidates, target, reduction="none", workspace_bytes=least)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -151,7 +152,12 @@ def sentence_transformers(temperature: float, symmetric: bool, *, cached: bool) 
 
 
 def open_clip(temperature: float) -> Loss:
-    """From the file of its losses alone: the package imports torchvision, which they do not need."""
+    loss = open_clip_losses().ClipLoss()
+    return lambda x, w, target: loss(x, w, 1 / temperature)
+
+
+def open_clip_losses() -> ModuleType:
+    """The file of its losses alone: the package imports torchvision, which they do not need."""
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise ImportError("no package open_clip")
@@ -159,8 +165,7 @@ def open_clip(temperature: float) -> Loss:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    loss = module.ClipLoss()
-    return lambda x, w, target: loss(x, w, 1 / temperature)
+    return module
 
 
 def inf_cl(temperature: float) -> Loss:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosup import nn
 from cosup.gradcache import cached_encode
-from cosup.losses import RowStats, co_supervision_loss, info_nce, linear_cross_entropy, linear_log_prob
+from cosup.losses import RowStats, co_supervision_loss, info_nce, linear_cross_entropy, linear_log_prob, sigmoid_loss
 
 if TYPE_CHECKING:
     from cosup.index import SequenceIndex
@@ -25,6 +25,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_log_prob",
     "nn",
+    "sigmoid_loss",
 ]
 
 # What needs transformers or FAISS is imported when it is first asked for: the losses alone need neither.

@@ -3,6 +3,7 @@
 linear_cross_entropy   next token:    softmax over the rows of an LM head
 linear_log_prob        the same softmax's log-probabilities and entropies, row by row
 info_nce               next sequence: softmax over the embeddings of passages
+sigmoid_loss           the same by a yes or no for each pair
 co_supervision_loss    L = L_NTP + nsp_weight * L_NSP      (arXiv 2403.09024)
 """
 
@@ -253,32 +254,17 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     margin, Wang et al. 2018, arXiv:1801.09414; logQ, Yi et al. 2019, doi:10.1145/3298689.3346996; positives, "mean":
     Khosla et al. 2020, arXiv:2004.11362, eq. 2, "logsumexp": Miech et al. 2020, arXiv:1912.06430.
     """  # fmt: skip
-    query, candidates, _ = _autocast(query, candidates, None)
-    if query.ndim != 2:
-        raise ValueError(f"query must be [N, D], got {[*query.shape]}")
-    _check_pair("query", query, "candidates", candidates)
+    given = target
+    if positives is not None and target is None:
+        target = torch.zeros(query.shape[:1], dtype=torch.int64, device=query.device)
+    query, candidates, target, query_ids = _pool(query, candidates, target, query_ids, candidate_ids)
     n, m = query.shape[0], candidates.shape[0]
     if positives is not None:
-        _check_positives(positives, positives_pool, target, n, m, query_ids, candidate_ids)
+        _check_positives(positives, positives_pool, given, n, m, query_ids, candidate_ids)
         more_negatives = hard_negatives is not None or query_negatives or candidate_negatives
         if symmetric or margin or false_negative_margin is not None or more_negatives:
             names = "symmetric, hard_, query_ and candidate_negatives, margin and false_negative_margin"
             raise ValueError(f"want positives or one of {names}, got both")
-        target = torch.zeros(n, dtype=torch.int64, device=query.device)
-    if target is None:
-        if m < n:
-            raise ValueError(
-                f"candidates must have a row for each of the {n} queries when target is None, got {m} rows"
-            )
-        target = torch.arange(n, device=query.device)
-    _check_vector("target", target, (n,), query.device, torch.int64)
-    if query_ids is not None and candidate_ids is None:
-        raise ValueError("query_ids without candidate_ids: want both, or candidate_ids alone")
-    if candidate_ids is not None:
-        _check_vector("candidate_ids", candidate_ids, (m,), query.device, torch.int64)
-        if query_ids is None:  # out-of-range targets are the engine's to refuse
-            query_ids = candidate_ids[target.clamp(0, m - 1)] if m else target
-        _check_vector("query_ids", query_ids, (n,), query.device, torch.int64)
     if candidate_bias is not None:
         _check_vector("candidate_bias", candidate_bias, (m,), query.device, None)
     if sample_weight is not None:
@@ -398,6 +384,110 @@ def _pairs(positives: tuple[Tensor, Tensor] | str, first: int, query_ids: Tensor
     else:
         start, col = positives[0], positives[1] + first
     return (start, col), start.diff() > 0, None, None  # where ids say what is positive they leave out nothing
+
+
+def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
+                 temperature: float | Tensor = 0.1, bias: float | Tensor = -10.0, normalize: bool = True,
+                 query_ids: Tensor | None = None, candidate_ids: Tensor | None = None,
+                 sample_weight: Tensor | None = None, reduction: str = "mean",
+                 process_group: ProcessGroup | None = None, gather: str = "exact",
+                 workspace_bytes: int | None = None, backend: str = "auto") -> Tensor:  # fmt: skip
+    """Each pair of a query and a candidate by itself: do they belong together? The matrix of pairs is never stored.
+
+        z[n, m] = <q[n], c[m]> / temperature + bias                 q, c of unit length if normalize
+        loss[n] = softplus(-z[n, target[n]]) + sum_{m != target[n]} softplus(z[n, m])
+
+    Same value and gradients as ``-F.logsigmoid(y * z).sum() / N`` with y 1 at the targets and -1 elsewhere: "mean" is
+    SigLIP's, over queries and not over pairs. No pair waits for the rest of its row: a mean or sum takes 3U at any
+    budget.
+
+    Args:
+        query: [N, D]; float32, bfloat16, float16 or float64. Under autocast both operands take autocast's dtype.
+        candidates: [M, D], dtype and device of ``query``; further rows than positives are further negatives.
+        target: [N] int64, the row of each query's positive; None: row n for query n (M >= N).
+        temperature: Positive divisor; a scalar tensor gets its gradient.
+        bias: Added to all logits; a scalar tensor gets its gradient. Far below 0 at the start, since most pairs are
+            negatives.
+        normalize: Divide rows by their Euclidean norm (at least 1e-12) first; the copies are beside the workspace.
+        query_ids: [N] int64, the id of each query's positive; None: ``candidate_ids[target]``.
+        candidate_ids: [M] int64, equal for equal passages: those with the positive's id are no negatives. None: no two
+            are equal.
+        sample_weight: [N] floating point, a weight of each query's loss, with a gradient; "mean" divides by their sum.
+        reduction: "mean", "sum" or "none" ([N], with any upstream gradient).
+        process_group, gather, workspace_bytes: As in :func:`info_nce`.
+        backend: As in :func:`linear_cross_entropy`; "fused" is "triton" here.
+
+    Returns:
+        The loss in float32 (float64 for float64 input): a scalar, or [N] with ``reduction="none"``; 0 for no queries.
+
+    Raises:
+        ValueError: A wrong shape, dtype, device or option, named with what was wanted and what came.
+        IndexError: A target out of range (on CUDA a device-side assertion).
+
+    Source: SigLIP, Zhai et al. 2023, arXiv:2303.15343.
+    """
+    query, candidates, target, query_ids = _pool(query, candidates, target, query_ids, candidate_ids)
+    n, m = query.shape[0], candidates.shape[0]
+    if sample_weight is not None:
+        _check_vector("sample_weight", sample_weight, (n,), query.device, None)
+    _check_reduction(reduction)
+    if gather not in GATHERS:
+        raise ValueError(f"gather must be one of {GATHERS}, got {gather!r}")
+    _check_call(workspace_bytes)
+    backend = resolve(backend, query)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scale = 1 / _temperature(temperature, query.device).to(dtype)
+    shift = _number("bias", bias, query.device).to(dtype)
+    if normalize:
+        query, candidates = _unit(query), _unit(candidates)
+    weight = torch.ones_like(target, dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
+    if process_group is not None:
+        _check_targets(target, m)
+        if gather != "local":
+            _, counts = sizes_of_ranks(process_group, query.device, n, m)
+            target = target + sum(counts[: process_group.rank()])
+            candidates = gather_rows(candidates, counts, process_group, gradients=gather == "exact")
+            if candidate_ids is not None:
+                candidate_ids = gather_rows(candidate_ids, counts, process_group, gradients=False)
+    if reduction == "mean":
+        total = weight.sum() if process_group is None else SumOverRanks.apply(weight.sum(), process_group)
+        weight = weight / torch.where(total == 0, 1.0, total)
+    grad = torch.is_grad_enabled()
+    need = [grad and t.requires_grad for t in (query, candidates)]
+    need.append(grad and (scale.requires_grad or shift.requires_grad))
+    # float16 waits for the upstream gradient, as a softmax does
+    known = weight if reduction != "none" and query.dtype != torch.float16 and any(need[:2]) else None
+    end: Any = (True, need, workspace_bytes, "triton" if backend == "fused" else backend)
+    loss, *_ = ops.sigmoid_loss(query, candidates, target, known, scale, shift, query_ids, candidate_ids, *end)
+    if known is None:
+        loss = weight * loss if reduction == "none" else (weight * loss).sum()
+    if process_group is not None and reduction != "none":
+        loss = loss + (SumOverRanks.apply(loss.detach(), process_group) - loss.detach())
+    return loss
+
+
+def _pool(query, candidates, target, query_ids, candidate_ids):
+    """Check queries, candidates and what says which belong together; the target and the ids, if not given."""
+    query, candidates, _ = _autocast(query, candidates, None)
+    if query.ndim != 2:
+        raise ValueError(f"query must be [N, D], got {[*query.shape]}")
+    _check_pair("query", query, "candidates", candidates)
+    n, m = query.shape[0], candidates.shape[0]
+    if target is None:
+        if m < n:
+            raise ValueError(
+                f"candidates must have a row for each of the {n} queries when target is None, got {m} rows"
+            )
+        target = torch.arange(n, device=query.device)
+    _check_vector("target", target, (n,), query.device, torch.int64)
+    if query_ids is not None and candidate_ids is None:
+        raise ValueError("query_ids without candidate_ids: want both, or candidate_ids alone")
+    if candidate_ids is not None:
+        _check_vector("candidate_ids", candidate_ids, (m,), query.device, torch.int64)
+        if query_ids is None:  # out-of-range targets are the engine's to refuse
+            query_ids = candidate_ids[target.clamp(0, m - 1)] if m else target
+        _check_vector("query_ids", query_ids, (n,), query.device, torch.int64)
+    return query, candidates, target, query_ids
 
 
 def _unit(t: Tensor) -> Tensor:
@@ -605,11 +695,7 @@ def _softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: T
                  row_group: str | None = None, ring: str | None = None, batch_invariant: bool = False,
                  workspace_bytes: int | None, backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
     """All losses: weigh the rows, run the operator that knows their weights or the one that waits for them, reduce."""
-    if not torch.compiler.is_compiling() and (_functorch_level() is not None or _forward_ad_level() >= 0):
-        raise RuntimeError("cosup's losses have reverse-mode gradients only: no torch.func transform, no forward mode")
-    given = 0 if workspace_bytes is None else workspace_bytes
-    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
-        raise ValueError(f"workspace_bytes must be an integer of at least 0, got {workspace_bytes!r}")
+    _check_call(workspace_bytes)
     backend, group = resolve(backend, x), None if process_group is None else process_group.group_name
     grad = torch.is_grad_enabled()
     x2, w2 = (None, None) if lora is None else lora
@@ -671,6 +757,14 @@ def _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, 
     return RowWeights(b, c, e, 2 * z_loss * weight if z_loss else None), soft, divisor
 
 
+def _check_call(workspace_bytes: int | None) -> None:
+    if not torch.compiler.is_compiling() and (_functorch_level() is not None or _forward_ad_level() >= 0):
+        raise RuntimeError("cosup's losses have reverse-mode gradients only: no torch.func transform, no forward mode")
+    given = 0 if workspace_bytes is None else workspace_bytes
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise ValueError(f"workspace_bytes must be an integer of at least 0, got {workspace_bytes!r}")
+
+
 def _functorch_level() -> int | None:
     return torch._C._functorch.maybe_current_level()
 
@@ -700,6 +794,17 @@ def _temperature(temperature: float | Tensor, device: torch.device) -> Tensor:
     elif not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite, got {temperature.item()}")
     return temperature.reshape(())
+
+
+def _number(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        if not isinstance(value, float | int) or not abs(value) < float("inf"):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+        return torch.full((), value, dtype=torch.float64, device=device)
+    if value.numel() != 1 or not value.is_floating_point() or value.device != device:
+        got = f"{value.dtype} {[*value.shape]} on {value.device}"
+        raise ValueError(f"{name} must be one floating number on {device}, got {got}")
+    return value.reshape(())
 
 
 def _check_pair(x_name: str, x: Tensor, w_name: str, w: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cosup.losses import CoSupervisionOutput, co_supervision_loss, info_nce, linear_cross_entropy
+from cosup.losses import CoSupervisionOutput, co_supervision_loss, info_nce, linear_cross_entropy, sigmoid_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -64,6 +64,35 @@ class InfoNCELoss(nn.Module):
     def forward(self, query: Tensor, candidates: Tensor, target: Tensor | None = None, **inputs: Any):
         """``inputs``: what changes from call to call of :func:`cosup.info_nce`, as ``candidate_ids``."""
         return info_nce(query, candidates, target, temperature=self.temperature, **self.options, **inputs)
+
+
+class SigmoidLoss(nn.Module):
+    """:func:`cosup.sigmoid_loss` with a learned temperature and bias.
+
+    Args:
+        temperature: Start of the positive divisor; its logarithm is learned, which keeps it positive.
+        bias: Start of the bias.
+        **options: Options of :func:`cosup.sigmoid_loss`.
+    """
+
+    def __init__(self, temperature: float = 0.1, bias: float = -10.0, **options: Any):
+        super().__init__()
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
+        self.bias = nn.Parameter(torch.tensor(float(bias)))
+        self.options = options
+
+    @property
+    def temperature(self) -> Tensor:
+        return self.log_temperature.exp()
+
+    def forward(self, query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
+                query_ids: Tensor | None = None, candidate_ids: Tensor | None = None,
+                sample_weight: Tensor | None = None):  # fmt: skip
+        return sigmoid_loss(query, candidates, target, temperature=self.temperature, bias=self.bias,
+                            query_ids=query_ids, candidate_ids=candidate_ids, sample_weight=sample_weight,
+                            **self.options)  # fmt: skip
 
 
 class CoSupervisionLoss(nn.Module):

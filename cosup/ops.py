@@ -1,9 +1,10 @@
-"""The engine as ``torch.library`` operators: schema, fake kernels and derivatives. ``losses`` calls these two.
+"""The engine as ``torch.library`` operators: schema, fake kernels and derivatives. ``losses`` calls these.
 
     nll_stats      statistics now; gradients, if asked, by a second sweep once the upstream gradient is known
     loss_and_grads a weighted sum of those statistics, and its gradients: in the same sweep where whole rows fit
+    sigmoid_loss   the loss of each row's pairs, or their weighted sum and its gradients in the same sweep
 
-Both refuse targets out of range: an ``IndexError`` on a CPU, a device-side assertion (no synchronisation) on CUDA.
+All refuse targets out of range: an ``IndexError`` on a CPU, a device-side assertion (no synchronisation) on CUDA.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
 
 def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool):
     picked = p.rows is not None or p.skip is not None
-    c = cost(p.x, backend, gathered=picked, more_features=0 if p.x2 is None else p.x2.shape[1], symmetric=p.symmetric)
+    c = cost(p.x, backend, gathered=picked, more_features=0 if p.x2 is None else p.x2.shape[1], symmetric=p.symmetric,
+             sigmoid=p.sigmoid)  # fmt: skip
     m = len(p.w) if p.shard is None else p.shard.widest  # alike on all ranks, and so are the blocks of rows
     n = INVARIANT_ROWS[p.x.device.type] if invariant else len(p.target)
     return plan(n, m, c, grads=grads, weights_known=weights_known, workspace_bytes=p.workspace_bytes)
@@ -435,3 +437,67 @@ def pairs_of_ids(row_id: Tensor, col_id: Tensor) -> tuple[Tensor, Tensor]:
 def _(row_id, col_id):
     count = torch.library.get_ctx().new_dynamic_size()
     return row_id.new_empty(row_id.shape[0] + 1), row_id.new_empty(count)
+
+
+@torch.library.custom_op("cosup::sigmoid_loss", mutates_args=())
+def sigmoid_loss(x: Tensor, w: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, bias: Tensor,
+                 row_id: Tensor | None, col_id: Tensor | None, sums: bool, need: list[bool],
+                 workspace_bytes: int | None, backend: str,
+                 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss, rows, dot, soft, dx, dw. rows, dot, soft [N]: of ``reference.sigmoid_stats``, zeros unless ``sums``.
+
+    With ``weight`` [N] the loss is sum_n weight[n] rows[n], and dx, dw are its gradients, from the same sweep. Without,
+    the loss is [N], rows is empty, dx, dw come in the backward pass. ``need``: of x, w, scale or bias.
+    """
+    options: Any = (*5 * [None], 0.0, None, 0.0, "", False, workspace_bytes, None, False)
+    p = _problem(x, w, target, scale, bias.expand(len(w)), row_id, col_id, *options)._replace(sigmoid=True)
+    weights = None if weight is None else RowWeights(weight)
+    if weights is None and any(need[:2]):  # a budget that will not do for the backward pass is refused now
+        _plan(p, backend, False, grads=True, weights_known=False)
+    blocks = _plan(p, backend, False, grads=weights is not None, weights_known=True)
+    known, asked = None if sums else RowState.empty(len(x), scale), Need() if weights is None else Need(*need[:2])
+    state, dx, dw, *_ = walk(p, blocks, backend, known=known, weights=weights, need=asked)
+    dx, dw = (x.new_empty(0) if g is None else g for g in (dx, dw))
+    if weight is None:
+        return state.sum, scale.new_empty(0), state.dot, state.soft, dx, dw
+    return (weight * state.sum).sum(), state.sum, state.dot, state.soft, dx, dw
+
+
+@sigmoid_loss.register_fake
+def _(x, w, target, weight, scale, bias, row_id, col_id, sums, need, *_):
+    rows = [torch.empty_like(target, dtype=scale.dtype) for _ in range(3)]
+    loss = (rows[0], scale.new_empty(0)) if weight is None else (torch.empty_like(scale), rows[0])
+    wanted = [weight is not None and n for n in need[:2]]
+    return *loss, *rows[1:], *_fake_grads(x, w, scale, None, None, wanted)
+
+
+def _sigmoid_context(ctx, inputs, output):
+    *tensors, _, ctx.need, ctx.workspace_bytes, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _sigmoid_backward(ctx, grad, *_):
+    _once(grad)
+    if grad is None:
+        return 12 * (None,)
+    x, w, target, weight, scale, bias, row_id, col_id, rows, dot, soft, dx, dw = ctx.saved_tensors
+    dweight = None
+    if weight is None:
+        of_rows = grad
+        if any(ctx.need[:2]):
+            end = (False, ctx.need, ctx.workspace_bytes, ctx.backend)
+            *_, dx, dw = sigmoid_loss(x, w, target, grad, scale, bias, row_id, col_id, *end)
+    else:
+        of_rows, dweight = grad * weight, grad * rows
+        dx, dw = _scaled(dx, grad), _scaled(dw, grad)
+    dx, dw = (g if wanted else None for g, wanted in zip((dx, dw), ctx.need, strict=False))
+    dscale = dbias = None
+    if ctx.need[2]:  # summed in float64: their terms cancel
+        dscale = ((of_rows * dot).sum(dtype=torch.float64) / scale).to(scale.dtype)
+        dbias = (of_rows * soft).sum(dtype=torch.float64).to(bias.dtype)
+    return dx, dw, None, dweight, dscale, dbias, *6 * [None]
+
+
+sigmoid_loss.register_autograd(_sigmoid_backward, setup_context=_sigmoid_context)

@@ -3,7 +3,8 @@
 With U = 2 N M D FLOP, one GEMM over the logits:
 
     gradients in forward   3U   a block of whole rows (with statistics of columns: of all rows) fits the budget, and the
-                                weight of every row is known at call time
+                                weight of every row is known at call time; any slab will do where gradients need no
+                                statistic of whole rows
     recompute              4U   statistics first, gradients in a second sweep; columns in slabs, so any N and M fit
     statistics             1U   no gradient is asked
 
@@ -47,12 +48,14 @@ class Cost(NamedTuple):
     tile: int  # per element of the tile
     dots: int  # per element of a strip before it is copied into the tile
     coef: int  # per element of a strip while its gradients are added: coefficients beside the tile
+    packed: int  # the same while the table's gradient is: coefficients packed for that product
     product: int  # per element of their product, before it is added
     row: int  # per row of the whole problem: statistics, coefficients, row numbers
     column: int  # per column of it: their statistics; 0 where those of rows are enough
     block_row: int  # per row of a block: gathered or masked operands
     table_row: int  # per table row of a slab: float32 sum of its gradient, where that is kept apart
     query_row: int  # the same per row: of the whole problem with several slabs, else of a block with several strips
+    strips_alone: bool = False  # not bytes: gradients need no statistic of whole rows, so the tile is one strip's
 
 
 def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, workspace_bytes: int) -> Plan:
@@ -74,7 +77,7 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
 
     strategy = Strategy.RECOMPUTE if grads else Strategy.STATISTICS
     rows = _most(n, lambda rows: fits(rows, m))
-    if rows >= min(n, cost.least_rows):
+    if rows >= min(n, cost.least_rows) and not cost.strips_alone:
         blocks = -(-n // max(rows, 1))
         even = -(-n // max(blocks, 1))
         rows, cols = even if fits(even, m) else rows, m
@@ -82,6 +85,8 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
             strategy = Strategy.GRADS_IN_FORWARD
     else:
         rows = min(n, SLAB_HEIGHT * cost.least_rows)
+        while cost.strips_alone and rows > cost.least_rows and rows * rows > cost.strip > 0:  # no taller than wide
+            rows = -(-rows // 2)
         while rows > 1 and not fits(rows, min(m, max(rows, ALIGN))):
             rows = -(-rows // 2)
         cols = m if fits(rows, m) else ALIGN * _most(m // ALIGN, lambda parts: fits(rows, ALIGN * parts))
@@ -90,6 +95,8 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
             raise ValueError(
                 f"workspace_bytes must be at least {least} for {n} rows and {m} columns, got {workspace_bytes}"
             )
+        if grads and weights_known and cost.strips_alone:
+            strategy = Strategy.GRADS_IN_FORWARD
     workspace = used(n, m, rows, cols, cost, grads)
     return Plan(strategy, rows, cols, strip_cols(rows, cols, cost), cost.merged_cols, workspace)
 
@@ -98,10 +105,12 @@ def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
     """Bytes that a walk in blocks of rows x cols holds at its peak."""
     if rows == 0:
         return 0
-    total = rows * (padded(-(-cols // cost.merged_cols)) * cost.tile + cost.block_row) + n * cost.row + m * cost.column
     strip = strip_cols(rows, cols, cost)
-    product = max(rows, strip) * cost.features * cost.product
-    total += max(rows * strip * cost.dots, (rows * strip * cost.coef + product) if grads else 0)
+    width = strip if cost.strips_alone else cols
+    total = rows * (padded(-(-width // cost.merged_cols)) * cost.tile + cost.block_row) + n * cost.row + m * cost.column
+    product = cost.features * cost.product
+    gradients = rows * strip * cost.coef + max(rows * product, strip * (rows * cost.packed + product))
+    total += max(rows * strip * cost.dots, gradients if grads else 0)
     if grads and rows < n:
         total += cols * cost.table_row
     if grads and cols < m:

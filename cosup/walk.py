@@ -60,6 +60,7 @@ class Problem(NamedTuple):
     margin: float = 0.0  # taken from the target's inner product
     limit: Tensor | None = None  # [N], columns whose logit is above it are left out, the target excepted
     symmetric: bool = False  # whether statistics of the columns are asked too
+    sigmoid: bool = False  # each pair's own loss: gradients need no statistic
     rows: Tensor | None = None  # [n <= N] int64, the rows to visit; None: all of them
     skip: Tensor | None = None  # [N] bool, rows visited whose contents must not matter; None: none
     positives: Positives | None = None  # of which rows have several; their target then has no part in the gradient
@@ -118,9 +119,10 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
     """One sweep over all tiles. Vectors over rows are over ``p.rows`` where those are given.
 
     Args:
-        weights: Weights of the rows in the loss whose gradients are asked; None: no gradients.
+        weights: Weights of the rows in the loss whose gradients are asked, of b alone if ``p.sigmoid``; None: none
+            are asked.
         known: Final max, sum and dot of each row; None: this sweep computes the statistics. Without it, gradients need
-            tiles of whole rows.
+            tiles of whole rows, unless ``p.sigmoid``.
         columns: Their statistic, to be filled by this sweep or, with ``known``, final. Without ``known``, gradients
             need one tile.
         rank: Whether ``RowState.above`` will be read.
@@ -131,20 +133,21 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
         RowState (``known`` where that was given), and the gradients of x, w, bias, x2, w2; None for one not asked.
     """
     n, m, need = len(p.target), len(p.w), need or Need()
-    kernels = tile_kernels(backend, p.x)
+    kernels = tile_kernels(backend, p.x, p.sigmoid)
     before = state
     state = known or state or RowState.empty(n, p.scale)
     fused = plan.merged_cols > 1  # no logits: their products are merged as they are made
     if rank and known is None and before is None and (fused or plan.block_cols < m or p.shard is not None):
         state.target.copy_(_target_logits(p, plan))
-    whole = weights is not None or rank or fused  # else strips go one after the other through the same memory
+    at_once = known is not None or p.sigmoid  # strips become gradients while the cache holds them
+    whole = (weights is not None and not p.sigmoid) or rank or fused  # else all strips go through the same memory
     rows, cols = min(plan.block_rows, n), plan.block_cols if whole else plan.strip_cols
     cols = padded(-(-cols // plan.merged_cols))
     if p.positives is not None and not host_reads(p.x):
         cols = padded(cols + 1)  # a spare one for pairs that are elsewhere
     tile_buffer = torch.empty(rows, cols * (FUSED_FIELDS if fused else 1), dtype=p.scale.dtype, device=p.x.device)
     if weights is not None:
-        assert known is not None or (plan.block_cols >= m and (columns is None or plan.block_rows >= n))
+        assert at_once or (plan.block_cols >= m and (columns is None or plan.block_rows >= n))
         weights = weights.map(lambda v: v * p.scale)  # the chain from u = scale * dot to dot
     products = [_Product(p, p.x, p.w, need.x, need.w, plan, dx_sum)]
     if p.x2 is not None and p.w2 is not None:
@@ -158,7 +161,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
                 product.start_block(r)
             coefficients = None
             positives = None if p.positives is None else p.positives.block(r)
-            if weights is not None and known is not None:
+            if weights is not None and at_once:
                 coefficients = _block_coefficients(p, weights, state, columns, r, positives)
             strips: list[tuple[slice, Tensor]] = []
             if fused:
@@ -176,7 +179,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
                     kernels.column_stats(strip, columns.state.columns(c), *_features(p, r, c))
                 if known is None and not whole:
                     kernels.tile_stats(strip, state.rows(r), *_features(p, r, c))
-                if coefficients is not None:  # at once, while the cache holds it
+                if coefficients is not None:
                     _add_gradients(p, kernels, products, dbias, r, c, strip, state.max[r], coefficients)
             if known is None and whole and not fused:
                 kernels.tile_stats(tile, state.rows(r), *_features(p, r, s))
@@ -184,7 +187,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
                 merge(state.rows(r), p.shard.holds(p.target[r], m), p.shard, rank)
             if weights is None:
                 continue
-            if known is None:
+            if not at_once:
                 coefficients = _block_coefficients(p, weights, state, columns, r, positives)
                 for c, strip in strips:
                     _add_gradients(p, kernels, products, dbias, r, c, strip, state.max[r], coefficients)
@@ -269,9 +272,10 @@ class _Product:
         return torch.empty(self.r.stop - self.r.start, dx.shape[1], dtype=self.p.scale.dtype, device=dx.device), True
 
 
-def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, symmetric: bool = False) -> Cost:
+def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, symmetric: bool = False,
+         sigmoid: bool = False) -> Cost:  # fmt: skip
     """Bytes per unit that :func:`walk` holds for operands like x; ``gathered``: rows are picked or masked;
-    ``more_features``: of a second product; ``symmetric``: with the columns' statistics."""
+    ``more_features``: of a second product; ``symmetric``: with the columns' statistics; ``sigmoid``: with a bias."""
     d, item = x.shape[1] + more_features, x.element_size()
     wide = max(item, 4)
     on_cpu = x.device.type == "cpu"
@@ -285,13 +289,15 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
         merged_cols=FUSED_COLUMNS if fused else 1,
         tile=wide * (FUSED_FIELDS if fused else REFERENCE_COPIES if backend == "reference" else 1),
         dots=product * 3 // 2 if item == 4 and d > gemm.CHAIN else product,  # with the parts that oneDNN packs
-        coef=product * (2 if x.dtype == torch.bfloat16 else 1),  # 16-bit ones are apart; oneDNN packs them
+        coef=product * {torch.bfloat16: 2, torch.float16: 1}.get(x.dtype, 0),  # apart; oneDNN packs bfloat16 ones
+        packed=product if item == 4 else 0,  # by oneDNN
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
         row=5 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets and row numbers
-        column=6 * wide if symmetric else 0,  # ColumnState; weights and their coefficients
+        column=6 * wide if symmetric else wide * sigmoid,  # ColumnState; weights and their coefficients
         block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
         table_row=sums,
         query_row=sums,
+        strips_alone=sigmoid,
     )
 
 
@@ -347,18 +353,25 @@ class Kernels(NamedTuple):
     product_stats: Callable[..., None] = lambda *_: None
 
 
-def tile_kernels(backend: str, x: Tensor) -> Kernels:
+def tile_kernels(backend: str, x: Tensor, sigmoid: bool = False) -> Kernels:
     """The kernels of a backend that :func:`resolve` gave."""
     if backend == "native":
+        if sigmoid:
+            return Kernels(native.sigmoid_stats, native.column_stats, native.sigmoid_grad)
         return Kernels(native.tile_stats, native.column_stats, native.tile_grad)
     if backend == "reference":
         if x.dtype != torch.float64 and not (native.AVAILABLE if x.device.type == "cpu" else HAS_TRITON):
             _warn_slow()
+        if sigmoid:
+            return Kernels(reference.sigmoid_stats, reference.column_stats, reference.sigmoid_grad)
         return Kernels(reference.tile_stats, reference.column_stats, reference.tile_grad)
     from cosup.kernels.product_stats import product_stats  # Triton: absent on some platforms
     from cosup.kernels.tile_grad import tile_grad
+    from cosup.kernels.tile_sigmoid import sigmoid_grad, sigmoid_stats
     from cosup.kernels.tile_stats import column_stats, tile_stats
 
+    if sigmoid:
+        return Kernels(sigmoid_stats, column_stats, sigmoid_grad)
     return Kernels(tile_stats, column_stats, tile_grad, product_stats)
 
 
@@ -436,6 +449,8 @@ def _block_coefficients(p: Problem, weights: RowWeights, state: RowState, column
                         positives: Positives | None):  # fmt: skip
     """What ``tile_grad`` takes of a block's rows, and of all columns; and a function that puts the coefficients of the
     block's pairs, where rows have several positives, into a tile of them that starts at a column."""
+    if p.sigmoid:
+        return weights.b[r], weights.b[r], None, None, (), None
     a, b, e, h = _row_coefficients(weights.rows(r), state.rows(r))
     if positives is not None:
         coef = positives.gradient(state.max[r], a, b, e, p.soft, p.col0)

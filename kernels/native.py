@@ -63,12 +63,33 @@ def tile_grad(dot_RS: Tensor, out_RS: Tensor, shift_R, a_R, b_R, col0, target_R,
     )  # fmt: skip
 
 
+def sigmoid_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
+                  *unused, instruction_set: str | None = None):  # fmt: skip
+    R, S = dot_RS.shape
+    _function("sigmoid_stats", instruction_set)(
+        _at(dot_RS), R, S, dot_RS.stride(0), _at(state.sum), _at(state.dot), _at(state.soft), col0, _at(target_R),
+        _at(scale), _at(bias_S), _at(row_id_R), _at(col_id_S), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def sigmoid_grad(dot_RS: Tensor, out_RS: Tensor, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None,
+                 col_id_S=None, *unused, instruction_set: str | None = None):  # fmt: skip
+    R, S = dot_RS.shape
+    assert out_RS.stride() == dot_RS.stride()
+    _function("sigmoid_grad", instruction_set)(
+        _at(dot_RS), _at(out_RS), R, S, dot_RS.stride(0), _at(a_R), col0, _at(target_R), _at(scale), _at(bias_S),
+        _at(row_id_R), _at(col_id_S), torch.get_num_threads(),
+    )  # fmt: skip
+
+
 POINTER, INT64, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 ARGUMENTS = {
     "tile_stats": [POINTER, *3 * [INT64], *6 * [POINTER], INT64, *5 * [POINTER], FLOAT, POINTER, FLOAT, POINTER, INT],
     "column_stats": [POINTER, *3 * [INT64], *3 * [POINTER], INT64, *5 * [POINTER], FLOAT, FLOAT, POINTER, INT],
     "tile_grad": [POINTER, POINTER, *3 * [INT64], *3 * [POINTER], INT64, *5 * [POINTER], FLOAT, POINTER, FLOAT,
                   *5 * [POINTER], INT],
+    "sigmoid_stats": [POINTER, *3 * [INT64], *3 * [POINTER], INT64, *5 * [POINTER], INT],
+    "sigmoid_grad": [POINTER, POINTER, *3 * [INT64], POINTER, INT64, *5 * [POINTER], INT],
 }  # fmt: skip
 
 

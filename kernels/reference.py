@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -152,3 +153,43 @@ def tile_grad(
         idle_R = (a_R == 0) & (b_R == 0) if soft_S is None else (a_R == 0) & (b_R == 0) & (e_R == 0)
         c_RS = torch.where(idle_R[:, None], 0.0, c_RS)
     out_RS.copy_(c_RS)
+
+
+def sigmoid_stats(
+    dot_RS, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, *unused
+):  # fmt: skip
+    """Merge a tile into what the sigmoid loss sums over each row, in place: arguments as of :func:`tile_stats`, but
+    without what comes after the ids, and with three fields of ``state``.
+
+        sum   sum of softplus(y)                    y[r, s] = -z[r, s] where col0 + s == target[r], else z[r, s]
+        soft  sum of g = sigma(z) - [target]        d sum / dz
+        dot   sum of g (z - bias)                   of scale * dot alone: digits of a large bias would drown it
+
+    Source: SigLIP, arXiv:2303.15343, algorithm 1.
+    """
+    y_RS, sign_RS = _signed_logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S)
+    g_RS = sign_RS * torch.sigmoid(y_RS)
+    state.sum.sub_(F.logsigmoid(-y_RS).sum(1))
+    state.soft.add_(g_RS.sum(1))
+    state.dot.add_((g_RS * dot_RS).sum(1) * scale)
+
+
+def sigmoid_grad(
+    dot_RS, out_RS, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, *unused
+):  # fmt: skip
+    """The gradient of u in the sigmoid loss: arguments as of :func:`tile_grad`, without ``shift`` and ``b``.
+
+        out[r, s] = a[r] (sigma(z[r, s]) - [col0 + s == target[r]])      0 where masked, and where a[r] is 0
+
+    ``out_RS`` may share memory with ``dot_RS``.
+    """
+    y_RS, sign_RS = _signed_logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S)
+    a_RS = a_R[:, None]
+    out_RS.copy_(torch.where(a_RS == 0, 0.0, a_RS * (sign_RS * torch.sigmoid(y_RS))))
+
+
+def _signed_logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S):
+    """y and its sign: -1 at the target, 1 elsewhere."""
+    z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, 0.0, 0.0, None)
+    sign_RS = torch.where(hit_RS, -1.0, 1.0).to(z_RS.dtype)
+    return torch.where(hit_RS, -z_RS, z_RS), sign_RS

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from cosup import info_nce, linear_cross_entropy, linear_log_prob, plan, walk
+from cosup import info_nce, linear_cross_entropy, linear_log_prob, plan, sigmoid_loss, walk
 from cosup.bench.measure import peak_bytes
 
 N, D, V = 41, 7, 90
@@ -222,3 +222,45 @@ def bad_contrastive_options_are_refused(rank, world):
             assert message in str(raised)
         else:
             raise AssertionError(message)
+
+
+def pairs_equal_one_process(rank, world):
+    """The sigmoid loss, exact and of own candidates: loss and gradients are those of one process."""
+    n, m = QUERIES[world], CANDIDATES[world]
+    torch.manual_seed(0)
+    q, c = (torch.randn(sum(k), 7, dtype=torch.float64) for k in (n, m))
+    weight, ids = torch.rand(sum(n), dtype=torch.float64), torch.randint(8, (sum(m),))
+    numbers = [torch.tensor(v, dtype=torch.float64) for v in (0.3, -2.0)]
+    target = torch.cat([torch.randperm(k)[:i] for i, k in zip(n, m, strict=True)])
+    first = torch.tensor([0, *m]).cumsum(0)[:-1].repeat_interleave(torch.tensor(n))
+    rows, columns = (slice(sum(k[:rank]), sum(k[: rank + 1])) for k in (n, m))
+    group = dist.group.WORLD
+    for gather, reduction, more in itertools.product(["exact", "local", "detached"], ["mean", "sum", "none"], [0, 1]):
+        tensors = [t.clone().requires_grad_() for t in (q[rows], c[columns], *numbers)]
+        options = {"sample_weight": weight[rows], "candidate_ids": ids[columns]} if more else {}
+        loss = sigmoid_loss(tensors[0], tensors[1], target[rows], temperature=tensors[2], bias=tensors[3],
+                            reduction=reduction, process_group=group, gather=gather, **options)  # fmt: skip
+        up = torch.linspace(0.5, 1.5, sum(n), dtype=loss.dtype) if reduction == "none" else None
+        got = [loss, *torch.autograd.grad(loss, tensors, None if up is None else up[rows])]
+
+        whole = [t.clone().requires_grad_() for t in (q, c, *numbers)]
+        table = {"candidate_ids": ids} if more else {}
+        losses = sigmoid_loss(whole[0], whole[1], target + first, temperature=whole[2], bias=whole[3],
+                              reduction="none", **table)  # fmt: skip
+        if gather == "local":
+            parts = [sigmoid_loss(whole[0][a], whole[1][b], target[a], temperature=whole[2], bias=whole[3],
+                                  reduction="none", **({"candidate_ids": ids[b]} if more else {}))
+                     for a, b in _blocks(n, m)]  # fmt: skip
+            losses = torch.cat(parts)
+        weights = weight if more else torch.ones_like(weight)
+        losses = weights * losses
+        of_rows = losses / weights.sum() if reduction == "mean" else losses if up is None else losses * up
+        dq, _, dt, db = torch.autograd.grad(of_rows[rows].sum(), whole, retain_graph=True)
+        (dc,) = torch.autograd.grad((of_rows[rows] if gather == "detached" else of_rows).sum(), whole[1])
+        want = losses[rows] if reduction == "none" else of_rows.sum()
+        torch.testing.assert_close(got, [want, dq[rows], dc[columns], dt, db])
+
+
+def _blocks(n, m):
+    """Rows and columns of each rank."""
+    return [[slice(sum(k[:r]), sum(k[: r + 1])) for k in (n, m)] for r in range(len(n))]

@@ -48,3 +48,8 @@ def test_listed_positives_are_own_candidates():
 
 def test_bad_contrastive_options_are_refused():
     ranks.run(ranks.bad_contrastive_options_are_refused, 2)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_pairs_equal_one_process(world):
+    ranks.run(ranks.pairs_equal_one_process, world)

@@ -12,7 +12,7 @@ import pytest
 import cosup
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"linear_cross_entropy": ROOT / "docs/linear_cross_entropy.md", "info_nce": ROOT / "docs/info_nce.md"}
+PAGES = {loss: ROOT / f"docs/{loss}.md" for loss in ("linear_cross_entropy", "info_nce", "sigmoid_loss")}
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cosup import info_nce, linear_cross_entropy, linear_log_prob, ops
+from cosup import info_nce, linear_cross_entropy, linear_log_prob, ops, sigmoid_loss
 from cosup.bench.measure import peak_bytes
 from cosup.kernels import native
 from cosup.plan import plan
@@ -141,6 +141,26 @@ def test_peak_memory_is_as_planned(reduction, budget, n, m, d, ignored, dtype):
     assert 0.9 * p.workspace_bytes < above < 1.02 * p.workspace_bytes + (64 << 10)  # oneDNN's own scratch
 
 
+@pytest.mark.skipif(not native.AVAILABLE, reason="the reference path holds further tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("budget, d", [(4 << 20, 64), (8 << 20, 600), (1 << 20, 64), (1 << 19, 64)])
+def test_peak_memory_of_pairs_is_as_planned(budget, d, reduction, dtype):
+    """As above, of the sigmoid loss: its tile is one strip, whatever the number of columns."""
+    n, m = 1024, 4096
+    x, w = (torch.randn(k, d, dtype=dtype).requires_grad_() for k in (n, m))
+    p = plan(n, m, cost(x, "native", gathered=False, sigmoid=True), grads=True, weights_known=True,
+             workspace_bytes=budget)  # fmt: skip
+
+    def run():
+        loss = sigmoid_loss(x, w, normalize=False, reduction=reduction, workspace_bytes=budget)
+        return torch.autograd.grad(loss.sum(), (x, w))
+
+    above = peak_bytes(run) - sum(g.nbytes for g in run())
+    assert 0.9 * p.workspace_bytes < above < 1.02 * p.workspace_bytes + (64 << 10)  # oneDNN's own scratch
+    assert p.workspace_bytes < m * n * 4 / 2
+
+
 def test_fake_outputs_are_as_real(device):
     """Shapes and dtypes under FakeTensorMode for 16-bit operands, whose statistics are float32."""
     x, w = (torch.randn(k, 4, dtype=torch.bfloat16, device=device, requires_grad=True) for k in (6, 9))
@@ -172,7 +192,7 @@ class OnlyOn(TorchDispatchMode):
 def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
     """As whole graphs and CUDA graphs need it: no value is asked, nothing copied from or to the host. Shown on the meta
     device, whose tensors have no values to ask for, by the operators' own code in place of their fake kernels."""
-    for name in ("nll_stats", "loss_and_grads", "nll_stats_backward", "column_values"):
+    for name in ("nll_stats", "loss_and_grads", "nll_stats_backward", "column_values", "sigmoid_loss"):
         monkeypatch.setattr(ops, name, torch.no_grad()(getattr(ops, name)._init_fn))
     monkeypatch.setattr("cosup.losses._autocast", lambda *tensors: tensors)  # not known of that device
     monkeypatch.setitem(ops.INVARIANT_ROWS, "meta", 256)
@@ -196,6 +216,8 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
             lists = torch.zeros(301, dtype=torch.int64, device="meta"), ids[:400]
             info_nce(x, w, positives=lists, positives_pool="logsumexp", temperature=row[0], reduction=reduction,
                      candidate_bias=column, label_smoothing=0.1, return_stats=True, **common)  # fmt: skip
+            sigmoid_loss(x, w, target, candidate_ids=ids, temperature=row[0], bias=row[1], sample_weight=row,
+                         reduction=reduction, **common)  # fmt: skip
         linear_log_prob(x, w, target, linear_bias=b, temperature=0.7, **common)
         scale = torch.ones((), device="meta")
         grads = ops.nll_stats_backward(*8 * [row], column, column, row[:0], x, w, target, scale, column, None, None,

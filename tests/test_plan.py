@@ -8,15 +8,17 @@ from hypothesis import strategies as st
 from cosup import walk
 from cosup.plan import Cost, Strategy, plan, used
 
-WIDE = Cost(strip=0, features=768, least_rows=64, merged_cols=1, tile=4, dots=0, coef=0, product=0, row=60,
+WIDE = Cost(strip=0, features=768, least_rows=64, merged_cols=1, tile=4, dots=0, coef=0, packed=0, product=0, row=60,
             column=0, block_row=0, table_row=0, query_row=0)  # fmt: skip
 costs = st.builds(Cost, strip=st.sampled_from([0, 1 << 20]), features=st.integers(0, 10_000),
                   least_rows=st.integers(1, 2000),
                   merged_cols=st.sampled_from([1, 128]), tile=st.sampled_from([4, 8]),
                   dots=st.sampled_from([0, 2, 4, 20]), coef=st.sampled_from([0, 2]),
+                  packed=st.sampled_from([0, 4]),
                   product=st.sampled_from([0, 4, 6]), row=st.integers(0, 80),
                   column=st.integers(0, 40), block_row=st.integers(0, 10_000),
-                  table_row=st.integers(0, 5_000), query_row=st.integers(0, 5_000))  # fmt: skip
+                  table_row=st.integers(0, 5_000), query_row=st.integers(0, 5_000),
+                  strips_alone=st.booleans())  # fmt: skip
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6), costs, st.booleans(), st.booleans(), st.integers(0, 1 << 32))
@@ -29,7 +31,10 @@ def test_budget_is_kept_and_stated(n, m, cost, grads, known, budget):
     assert p.workspace_bytes <= budget
     assert min(n, 1) <= p.block_rows <= n and 1 <= p.strip_cols <= p.block_cols <= m
     if p.strategy is Strategy.GRADS_IN_FORWARD:
-        assert known and grads and p.block_cols == m and (p.block_rows == n or not cost.column)
+        assert known and grads
+        assert cost.strips_alone or (p.block_cols == m and (p.block_rows == n or not cost.column))
+    else:
+        assert not (known and grads and cost.strips_alone)
 
 
 @given(st.integers(1, 10**5), st.integers(1, 10**5), costs)

@@ -6,7 +6,7 @@ Without a GPU the Triton kernels run in the interpreter.
 import pytest
 import torch
 
-from cosup.kernels import native, product_stats, reference
+from cosup.kernels import native, product_stats, reference, tile_sigmoid
 from cosup.kernels.reference import ColumnState, RowState
 from cosup.kernels.tile_grad import tile_grad
 from cosup.kernels.tile_stats import column_stats, tile_stats
@@ -222,3 +222,134 @@ def test_merged_products_of_masked_columns_and_nan(device):
     product_stats.product_stats(x, w, state, room, False, 0, target, one, None, *ids)
     assert state.sum[0] == 0 and state.dot[0] == 0 and state.max[0] == float("-inf")
     assert state.lse().isnan().tolist() == [False, True, False]
+
+
+@pytest.fixture(params=[*natives(), "triton"])
+def sigmoid(request):
+    """(sigmoid_stats, sigmoid_grad, device) of one implementation."""
+    if request.param == "triton":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return tile_sigmoid.sigmoid_stats, tile_sigmoid.sigmoid_grad, device
+
+    def with_isa(kernel):
+        return lambda *args: kernel(*args, instruction_set=request.param)
+
+    return with_isa(native.sigmoid_stats), with_isa(native.sigmoid_grad), "cpu"
+
+
+SIGMOID_FEATURES = ["plain", "bias", "ids", "all"]
+
+
+def sigmoid_tile(shape, features, device, col0=40):
+    dot, (*arguments, _, _, _, _) = tile(*shape, features, device, col0)
+    arguments[1][1:2] = col0 + shape[1]  # the column after the tile's last
+    return dot, arguments
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("features", SIGMOID_FEATURES)
+def test_sigmoid_stats_match_the_specification(sigmoid, shape, features):
+    """float64's, each to a few of its terms' roundings."""
+    stats, _, device = sigmoid
+    states = []
+    for run, dtype in ((reference.sigmoid_stats, torch.float64), (stats, torch.float32)):
+        torch.manual_seed(1)
+        state = RowState.empty(shape[0], torch.empty(0, dtype=dtype, device=device))
+        for col0 in (40, 40 + shape[1]):  # two tiles side by side: the second merges into the first
+            dot, arguments = sigmoid_tile(shape, features, device, col0)
+            before = dot.clone()
+            run(dot.to(dtype), state, *(a.to(dtype) if _real(a) else a for a in arguments))
+            assert torch.equal(dot, before)
+        states.append(state)
+    want, got = states
+    torch.testing.assert_close(got.sum.double(), want.sum, rtol=2e-6, atol=0)
+    for name in ("dot", "soft"):
+        torch.testing.assert_close(getattr(got, name).double(), getattr(want, name), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("features", SIGMOID_FEATURES)
+def test_sigmoid_grad_matches_the_specification(sigmoid, shape, features):
+    _, grad, device = sigmoid
+    dot, arguments = sigmoid_tile(shape, features, device)
+    a, none = torch.randn(shape[0], device=device), torch.full((shape[0],), float("nan"), device=device)
+    a[-1] = 0 if shape[0] > 1 else 1
+    want = torch.empty_like(dot)
+    reference.sigmoid_grad(dot, want, none, a, none, *arguments)
+    grad(dot, dot, none, a, none, *arguments)  # in place
+    torch.testing.assert_close(dot, want, rtol=2e-6, atol=0)
+    assert (dot[-1] == 0).all() or shape[0] == 1
+
+
+def test_sigmoid_specification_is_the_formula():
+    dot, (col0, _, scale, bias, row_id, col_id) = sigmoid_tile((5, 130), "all", "cpu")
+    target = torch.randint(col0, col0 + 130, (5,))
+    dot, bias = dot.double(), bias.double().requires_grad_()
+    scale = scale.double().requires_grad_()
+    z = scale * dot + bias
+    z.retain_grad()
+    hit = torch.nn.functional.one_hot(target - col0, 130).bool()
+    kept = hit | (row_id[:, None] != col_id)
+    loss = torch.where(hit, torch.log(1 + torch.exp(-z)), torch.log(1 + torch.exp(z))) * kept
+    loss.sum().backward()
+    state = RowState.empty(5, dot)
+    with torch.no_grad():
+        reference.sigmoid_stats(dot, state, col0, target, scale, bias, row_id, col_id)
+        out, a = torch.empty_like(dot), torch.rand(5, dtype=torch.float64)
+        reference.sigmoid_grad(dot, out, a, a, a, col0, target, scale, bias, row_id, col_id)
+    torch.testing.assert_close(state.sum, loss.sum(1))
+    torch.testing.assert_close(state.soft, z.grad.sum(1))
+    torch.testing.assert_close(state.dot.sum() / scale.detach(), scale.grad)
+    torch.testing.assert_close(out, a[:, None] * z.grad)
+
+
+def test_sigmoid_keeps_the_digits_of_tiny_and_huge_logits(sigmoid):
+    """One logit to a row, from where exp underflows on: softplus, its gradient, and those of a target."""
+    stats, grad, device = sigmoid
+    z = torch.tensor([-1e4, -80.0, -30.0, -10.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 10.0, 30.0, 80.0, 1e4], device=device)
+    one, a = torch.ones((), device=device), torch.ones_like(z)
+    for target, sign in ((-torch.ones_like(z).long(), 1), (torch.zeros_like(z).long(), -1)):
+        y = sign * z.double()
+        state, out = RowState.empty(len(z), z), z[:, None].clone()
+        stats(out, state, 0, target, one)
+        grad(out, out, a, a, a, 0, target, one)
+        want = -torch.nn.functional.logsigmoid(-y)
+        torch.testing.assert_close(state.sum.double(), want, rtol=5e-7, atol=1e-37)
+        torch.testing.assert_close(out[:, 0].double(), sign * y.sigmoid(), rtol=5e-7, atol=1e-37)
+
+
+def test_sigmoid_of_masked_tile_and_nan_row(sigmoid):
+    """Masked columns add nothing, the target excepted; a NaN stays in its row, but a row without weight has none."""
+    stats, grad, device = sigmoid
+    dot = torch.randn(4, 20, device=device)
+    dot[1, 4] = dot[2, 4] = float("nan")
+    target = torch.tensor([50, 2, 4, 3], device=device)
+    ids = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(20, dtype=torch.int64, device=device)
+    one = torch.ones((), device=device)
+    state, out = RowState.empty(4, dot), torch.empty_like(dot)
+    stats(dot, state, 0, target, one, None, *ids)
+    assert state.sum[0] == state.soft[0] == state.dot[0] == 0
+    torch.testing.assert_close(state.sum[3], torch.nn.functional.softplus(-dot[3, 3]))
+    grad(dot, out, dot, torch.ones(4, device=device), dot, 0, target, one, None, *ids)
+    assert not out[0].any() and out[3].count_nonzero() == 1
+    state = RowState.empty(4, dot)
+    stats(dot, state, 0, target, one)
+    for field in (state.sum, state.soft, state.dot):
+        assert field.isnan().tolist() == [False, True, True, False]
+    grad(dot, dot, dot, torch.tensor([1.0, 1.0, 0.0, 1.0], device=device), dot, 0, target, one)
+    assert dot.isnan().any(1).tolist() == [False, True, False, False]
+
+
+def _real(a):
+    return isinstance(a, torch.Tensor) and a.is_floating_point()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_triton_narrows_sigmoid_coefficients_in_place(dtype, device):
+    dot = torch.randn(4, 4200, device=device)
+    target, one = torch.randint(4200, (4,), device=device), torch.ones(4, device=device)
+    want, scale = torch.empty_like(dot), torch.ones((), device=device)
+    reference.sigmoid_grad(dot, want, one, one, one, 0, target, scale)
+    narrow = dot.view(dtype)[:, :4200]
+    tile_sigmoid.sigmoid_grad(dot, narrow, one, one, one, 0, target, scale)
+    torch.testing.assert_close(narrow.float(), want, rtol=torch.finfo(dtype).eps, atol=1e-7)

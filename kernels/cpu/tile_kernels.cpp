@@ -66,6 +66,24 @@ inline float fast_tanh(float x) {
   return magnitude < 0.625f ? small : (x < 0.f ? -large : large);
 }
 
+// log(1 + u) for u in [0, 1], to the last digits of a tiny u too: 2 atanh(u / (2 + u)), whose series is below
+// 2e-9 of it after s^15.
+inline float fast_log1p(float u) {
+  const float s = u / (2.f + u), s2 = s * s;
+  float p = 2.f / 15.f;
+  p = p * s2 + 2.f / 13.f;
+  p = p * s2 + 2.f / 11.f;
+  p = p * s2 + 2.f / 9.f;
+  p = p * s2 + 2.f / 7.f;
+  p = p * s2 + 2.f / 5.f;
+  p = p * s2 + 2.f / 3.f;
+  return s * (p * s2 + 2.f);
+}
+
+inline float fast_softplus(float y, float e) { return (y > 0.f ? y : 0.f) + fast_log1p(e); }  // e = exp(-|y|)
+
+inline float fast_sigmoid(float y, float e) { return (y < 0.f ? e : 1.f) / (1.f + e); }
+
 struct Features {  // what turns an inner product into a logit
   const float* bias;
   const int64_t* col_id;
@@ -289,6 +307,58 @@ void stats_columns(const float* dot, int64_t R, int64_t stride, int64_t first, i
   for (int64_t j = 0; j < n; ++j) sum_state[j] = float(sum[j]), dot_state[j] = float(edot[j]);
 }
 
+// The target counts as masked in these loops, and is added apart: its sign is the other one.
+void sigmoid_stats_row(const float* dot, int64_t S, int64_t own, const Features& f, Row row, float& sum_state,
+                       float& dot_state, float& soft_state) {
+  const bool mine = own >= 0 && own < S;
+  float y[CHUNK];
+  double sum = sum_state, edot = dot_state, soft = soft_state;
+  for (int64_t first = 0; first < S; first += CHUNK) {
+    const int64_t n = std::min(CHUNK, S - first);
+    run_logits<false>(dot, first, n, f, row, y);
+    if (mine && own >= first && own < first + n) y[own - first] = -INF;
+    const float* d = dot + first;
+    float chunk_sum = 0.f, chunk_dot = 0.f, chunk_soft = 0.f;
+#pragma omp simd reduction(+ : chunk_sum, chunk_dot, chunk_soft)
+    for (int64_t j = 0; j < n; ++j) {
+      const float e = fast_exp(-std::fabs(y[j])), g = fast_sigmoid(y[j], e);
+      chunk_sum += fast_softplus(y[j], e);
+      chunk_soft += g;
+      chunk_dot += g * d[j];
+    }
+    sum += chunk_sum;
+    soft += chunk_soft;
+    edot += double(chunk_dot) * f.scale;
+  }
+  if (mine) {
+    const float own_y = -one_logit<false>(dot, own, f), e = fast_exp(-std::fabs(own_y)), g = fast_sigmoid(own_y, e);
+    sum += fast_softplus(own_y, e);
+    soft -= g;
+    edot -= double(g) * dot[own] * f.scale;
+  }
+  sum_state = float(sum);
+  dot_state = float(edot);
+  soft_state = float(soft);
+}
+
+void sigmoid_grad_row(const float* dot, float* out, int64_t S, int64_t own, const Features& f, Row row, float a) {
+  if (a == 0.f) {
+    std::fill(out, out + S, 0.f);
+    return;
+  }
+  const bool mine = own >= 0 && own < S;
+  const float own_y = mine ? -one_logit<false>(dot, own, f) : 0.f;  // read before `out`, which may be `dot`, is written
+  float y[CHUNK];
+  for (int64_t first = 0; first < S; first += CHUNK) {
+    const int64_t n = std::min(CHUNK, S - first);
+    run_logits<false>(dot, first, n, f, row, y);
+    float* c = out + first;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) c[j] = a * fast_sigmoid(y[j], fast_exp(-std::fabs(y[j])));
+  }
+  if (mine) out[own] = -a * fast_sigmoid(own_y, fast_exp(-std::fabs(own_y)));
+}
+
 }  // namespace
 
 EXPORT void NAME(cosup_tile_stats, ISA)(const float* dot, int64_t R, int64_t S, int64_t stride, float* max, float* sum,
@@ -344,4 +414,25 @@ EXPORT void NAME(cosup_column_stats, ISA)(const float* dot, int64_t R, int64_t S
     columns(dot, R, stride, first, std::min(run, S - first), col0, target, f, row_id, limit, max + first, sum + first,
             edot + first);
   }
+}
+
+EXPORT void NAME(cosup_sigmoid_stats, ISA)(const float* dot, int64_t R, int64_t S, int64_t stride, float* sum,
+                                           float* edot, float* soft, int64_t col0, const int64_t* target,
+                                           const float* scale, const float* bias, const int64_t* row_id,
+                                           const int64_t* col_id, int threads) {
+  const Features f{bias, col_id, nullptr, *scale, 0.f, 0.f};
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t r = 0; r < R; ++r)
+    sigmoid_stats_row(dot + r * stride, S, target[r] - col0, f, {row_id ? row_id + r : nullptr, nullptr}, sum[r],
+                      edot[r], soft[r]);
+}
+
+EXPORT void NAME(cosup_sigmoid_grad, ISA)(const float* dot, float* out, int64_t R, int64_t S, int64_t stride,
+                                          const float* a, int64_t col0, const int64_t* target, const float* scale,
+                                          const float* bias, const int64_t* row_id, const int64_t* col_id, int threads) {
+  const Features f{bias, col_id, nullptr, *scale, 0.f, 0.f};
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t r = 0; r < R; ++r)
+    sigmoid_grad_row(dot + r * stride, out + r * stride, S, target[r] - col0, f,
+                     {row_id ? row_id + r : nullptr, nullptr}, a[r]);
 }

@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from cosup import nn
+from cosup.contrastive import info_nce, sigmoid_loss
 from cosup.gradcache import cached_encode
-from cosup.losses import RowStats, co_supervision_loss, info_nce, linear_cross_entropy, linear_log_prob, sigmoid_loss
+from cosup.losses import co_supervision_loss, linear_cross_entropy, linear_log_prob
+from cosup.softmax import RowStats
 
 if TYPE_CHECKING:
     from cosup.index import SequenceIndex

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cosup.losses import CoSupervisionOutput, co_supervision_loss, info_nce, linear_cross_entropy, sigmoid_loss
+from cosup.contrastive import info_nce, sigmoid_loss
+from cosup.losses import CoSupervisionOutput, co_supervision_loss, linear_cross_entropy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

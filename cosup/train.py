@@ -33,10 +33,11 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from cosup.contrastive import GATHERS
 from cosup.data.collate import micro_batches
 from cosup.data.schema import Instance, Passage, read_instances, read_passages
 from cosup.gradcache import RandomState
-from cosup.losses import GATHERS, CoSupervisionOutput, co_supervision_loss
+from cosup.losses import CoSupervisionOutput, co_supervision_loss
 from cosup.model import GenCtxConfig, GenCtxModel, GenCtxOutput, Mode, Pooling
 from cosup.nn import CandidateQueue
 

@@ -194,7 +194,8 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
     device, whose tensors have no values to ask for, by the operators' own code in place of their fake kernels."""
     for name in ("nll_stats", "loss_and_grads", "nll_stats_backward", "column_values", "sigmoid_loss"):
         monkeypatch.setattr(ops, name, torch.no_grad()(getattr(ops, name)._init_fn))
-    monkeypatch.setattr("cosup.losses._autocast", lambda *tensors: tensors)  # not known of that device
+    for room in ("losses", "contrastive"):  # not known of that device
+        monkeypatch.setattr(f"cosup.{room}.autocast", lambda *tensors: tensors)
     monkeypatch.setitem(ops.INVARIANT_ROWS, "meta", 256)
     sizes = ((300, 16), (1000, 16), (1000,))
     x, w, b = (torch.randn(*s, dtype=dtype, device="meta", requires_grad=True) for s in sizes)

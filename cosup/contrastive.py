@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -118,21 +118,16 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     margin, Wang et al. 2018, arXiv:1801.09414; logQ, Yi et al. 2019, doi:10.1145/3298689.3346996; positives, "mean":
     Khosla et al. 2020, arXiv:2004.11362, eq. 2, "logsumexp": Miech et al. 2020, arXiv:1912.06430.
     """  # fmt: skip
-    given = target
-    if positives is not None and target is None:
-        target = torch.zeros(query.shape[:1], dtype=torch.int64, device=query.device)
-    query, candidates, target, query_ids = _pool(query, candidates, target, query_ids, candidate_ids)
-    n, m = query.shape[0], candidates.shape[0]
+    pool = _pool(query, candidates, target, query_ids, candidate_ids, candidate_bias, positives)
+    n, device, by_id = len(pool.query), query.device, isinstance(positives, str)
+    further = query_negatives or candidate_negatives
     if positives is not None:
-        _check_positives(positives, positives_pool, given, n, m, query_ids, candidate_ids)
-        more_negatives = hard_negatives is not None or query_negatives or candidate_negatives
-        if symmetric or margin or false_negative_margin is not None or more_negatives:
+        _check_positives(positives, positives_pool, pool)
+        if symmetric or margin or false_negative_margin is not None or hard_negatives is not None or further:
             names = "symmetric, hard_, query_ and candidate_negatives, margin and false_negative_margin"
             raise ValueError(f"want positives or one of {names}, got both")
-    if candidate_bias is not None:
-        check_vector("candidate_bias", candidate_bias, (m,), query.device, None)
     if sample_weight is not None:
-        check_vector("sample_weight", sample_weight, (n,), query.device, None)
+        check_vector("sample_weight", sample_weight, (n,), device, None)
     for name, number in {"margin": margin, "false_negative_margin": false_negative_margin or 0.0}.items():
         if not isinstance(number, float | int) or not abs(number) < float("inf"):
             raise ValueError(f"{name} must be a finite number, got {number!r}")
@@ -143,101 +138,80 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     for name, value, choices in (("gather", gather, GATHERS), ("layout", layout, LAYOUTS)):
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    by_id = isinstance(positives, str)
-    inner = query_negatives or candidate_negatives
-    if layout == "ring" and (gather != "exact" or by_id or inner):
+    may_ring = gather == "exact" and not by_id and not further
+    if layout == "ring" and not may_ring:
         raise ValueError('layout "ring" wants gather "exact", positives as lists, no query_ or candidate_negatives')
     if symmetric and candidate_negatives:
         raise ValueError("want symmetric or candidate_negatives, got both")
     if process_group is not None and symmetric and gather == "detached":
         raise ValueError('want gather "exact" or "local" where symmetric, got "detached"')
     if symmetric:
-        check_distinct(target, m)
+        check_distinct(pool.target, len(pool.candidates))
     hard = hard_negatives
     if hard is not None:
         hard, *_ = autocast(hard, candidates, None)
-        if hard.ndim != 3 or (hard.shape[0], hard.shape[2]) != query.shape or hard.dtype != query.dtype:
-            want = f"[{n}, H, {query.shape[1]}] of {query.dtype}"
+        if hard.ndim != 3 or (hard.shape[0], hard.shape[2]) != pool.query.shape or hard.dtype != pool.query.dtype:
+            want = f"[{n}, H, {query.shape[1]}] of {pool.query.dtype}"
             raise ValueError(f"hard_negatives must be {want}, got {[*hard.shape]} of {hard.dtype}")
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scale = 1 / as_temperature(temperature, query.device).to(dtype)
+    dtype = torch.promote_types(pool.query.dtype, torch.float32)
+    scale = 1 / as_temperature(temperature, device).to(dtype)
     if normalize:
-        query, candidates = _unit(query), _unit(candidates)
+        pool = pool.unit()
         hard = None if hard is None else _unit(hard)
-    weight, local_reduction, first, everyone, ring = sample_weight, reduction, 0, None, False
-    own_ids, all_queries, first_query, all_query_ids = candidate_ids, query, 0, query_ids
     if process_group is not None:
         if positives is None:
-            check_targets(target, m)
-        if gather != "local":
-            budget = default_workspace(query.device) if workspace_bytes is None else workspace_bytes
-            queries, counts, budgets = sizes_of_ranks(process_group, query.device, n, m, budget)
-            first, m, everyone = sum(counts[: process_group.rank()]), sum(counts), process_group.group_name
-            target = target + first if positives is None else target
-            held = 2 * m * query.shape[1] * query.element_size()
-            large = gather == "exact" and not by_id and not inner and held > RING_WORKSPACES * min(budgets)
-            ring = layout == "ring" or (layout == "auto" and large)
-            exact = gather == "exact"
-            if candidate_ids is not None:
-                candidate_ids = gather_rows(candidate_ids, counts, process_group, gradients=False)
-            if query_negatives:
-                all_queries = gather_rows(query, queries, process_group, gradients=exact)
-                first_query = sum(queries[: process_group.rank()])
-                if query_ids is not None:
-                    all_query_ids = gather_rows(query_ids, queries, process_group, gradients=False)
-            if not ring:
-                candidates = gather_rows(candidates, counts, process_group, gradients=exact)
-                own_ids = candidate_ids
-                if candidate_bias is not None:
-                    candidate_bias = gather_rows(candidate_bias, counts, process_group, gradients=exact)
-    pairs = None
+            check_targets(pool.target, len(pool.candidates))
+        layout = layout if may_ring else "all_gather"
+        pool = _of_all_ranks(pool, process_group, gather, layout, query_negatives, workspace_bytes)
+
+    weight = None if sample_weight is None else sample_weight.to(dtype)
+    pairs, row_id, col_id = None, pool.query_ids, pool.candidate_ids
     if positives is not None:
-        pairs, has_any, query_ids, candidate_ids = _pairs(positives, first, query_ids, candidate_ids)
-        weight = has_any.to(dtype) if weight is None else weight.to(dtype) * has_any
+        if isinstance(positives, str):
+            pairs = ops.pairs_of_ids(row_id, col_id)
+        else:
+            pairs = positives[0], positives[1] + pool.first
+        row_id = col_id = None  # where ids say what is positive they leave out nothing
+        pool = pool._replace(target=torch.zeros_like(pool.target))
+        some = pairs[0].diff() > 0
+        weight = some.to(dtype) if weight is None else weight * some
+    once = reduction  # of the rows here
     if process_group is not None and reduction == "mean":
-        weight = torch.ones_like(target, dtype=dtype) if weight is None else weight.to(dtype)
+        weight = torch.ones_like(pool.target, dtype=dtype) if weight is None else weight
         total = SumOverRanks.apply(weight.sum(), process_group)
-        weight, local_reduction = weight / torch.where(total == 0, 1.0, total), "sum"
-    kept = None
-    if label_smoothing and query_ids is not None and candidate_ids is not None:
-        ordered = candidate_ids.sort().values
-        same = torch.searchsorted(ordered, query_ids, right=True) - torch.searchsorted(ordered, query_ids)
-        kept = m - same + (candidate_ids[target.clamp(0, m - 1)] == query_ids)
-    elif label_smoothing:
-        kept = torch.full((), m, device=query.device)
+        weight, once = weight / torch.where(total == 0, 1.0, total), "sum"
+    later = hard is not None or further
     loss, stats = softmax_nll(
-        query, candidates, target, scale, bias=None if candidate_bias is None else candidate_bias.to(dtype),
-        row_id=query_ids, col_id=None if query_ids is None else own_ids, pairs=pairs, pool=positives_pool,
-        margin=margin, gap=false_negative_margin, symmetric=symmetric, weight=weight, label_smoothing=label_smoothing,
-        kept=kept, rank=return_stats, row_group=everyone if symmetric and not ring else None,
-        ring=everyone if ring else None, reduction=local_reduction if hard is None and not inner else "none",
-        workspace_bytes=workspace_bytes, backend=backend,
+        pool.query, pool.candidates, pool.target, scale, bias=None if pool.bias is None else pool.bias.to(dtype),
+        row_id=row_id, col_id=col_id, pairs=pairs, pool=positives_pool, margin=margin, gap=false_negative_margin,
+        symmetric=symmetric, weight=weight, label_smoothing=label_smoothing,
+        kept=_kept(pool, row_id) if label_smoothing else None, rank=return_stats,
+        row_group=pool.group if symmetric and not pool.ring else None, ring=pool.group if pool.ring else None,
+        reduction="none" if later else once, workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     if pairs is not None:
-        stats = RowStats(*(f * has_any for f in stats))
-    if hard is not None or inner:
+        stats = RowStats(*(f * some for f in stats))
+    if later:
         place: Tensor | None = None
-        further: list[tuple[Tensor, Tensor]] = []
+        groups: list[tuple[Tensor, Tensor]] = []
         if hard is not None:
-            z_NH = scale * torch.bmm(hard, query[:, :, None]).squeeze(2).to(dtype)
+            z_NH = scale * torch.bmm(hard, pool.query[:, :, None]).squeeze(2).to(dtype)
             place = _place(stats, z_NH, margin * scale)
-            further.append((z_NH, torch.zeros_like(z_NH)))
+            groups.append((z_NH, torch.zeros_like(z_NH)))
         others = functools.partial(_others, scale=scale, workspace_bytes=workspace_bytes, backend=backend)
         if query_negatives:
-            own = first_query + torch.arange(n, device=query.device)
-            further.append(others(query, all_queries, own, query_ids, all_query_ids))
+            own = pool.first_query + torch.arange(n, device=device)
+            groups.append(others(pool.query, pool.queries, own, row_id, pool.ids_of_queries))
         if candidate_negatives:
-            further.append(others(candidates[target], candidates, target, query_ids, candidate_ids))
-        lse_NG, entropy_NG = (torch.cat(groups, 1) for groups in zip(*further, strict=True))
+            groups.append(others(pool.candidates[pool.target], pool.candidates, pool.target, row_id, col_id))
+        lse_NG, entropy_NG = (torch.cat(parts, 1) for parts in zip(*groups, strict=True))
         more, stats = _with_further_negatives(stats, lse_NG, entropy_NG, place)
-        weight = torch.ones_like(more) if weight is None else weight.to(dtype)
+        weight = torch.ones_like(more) if weight is None else weight
         loss = loss + (weight / 2 if symmetric else weight) * more
-        if local_reduction != "none":
-            divisor = weight.sum() if local_reduction == "mean" else 1.0
-            loss = loss.sum() / divisor if n else loss.sum()
+        if once != "none":
+            loss = loss.sum() / (weight.sum() if once == "mean" and n else 1.0)
     if process_group is not None and reduction != "none":
-        elsewhere = SumOverRanks.apply(loss.detach(), process_group) - loss.detach()
-        loss = loss + elsewhere
+        loss = loss + (SumOverRanks.apply(loss.detach(), process_group) - loss.detach())
     return (loss, RowStats(*(f.detach() for f in stats))) if return_stats else loss
 
 
@@ -281,39 +255,34 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
 
     Source: SigLIP, Zhai et al. 2023, arXiv:2303.15343.
     """
-    query, candidates, target, query_ids = _pool(query, candidates, target, query_ids, candidate_ids)
-    n, m = query.shape[0], candidates.shape[0]
+    pool = _pool(query, candidates, target, query_ids, candidate_ids)
     if sample_weight is not None:
-        check_vector("sample_weight", sample_weight, (n,), query.device, None)
+        check_vector("sample_weight", sample_weight, (len(pool.query),), query.device, None)
     check_reduction(reduction)
     if gather not in GATHERS:
         raise ValueError(f"gather must be one of {GATHERS}, got {gather!r}")
     check_call(workspace_bytes)
-    backend = resolve(backend, query)
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    backend = resolve(backend, pool.query)
+    dtype = torch.promote_types(pool.query.dtype, torch.float32)
     scale = 1 / as_temperature(temperature, query.device).to(dtype)
     shift = as_number("bias", bias, query.device).to(dtype)
     if normalize:
-        query, candidates = _unit(query), _unit(candidates)
-    weight = torch.ones_like(target, dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
+        pool = pool.unit()
     if process_group is not None:
-        check_targets(target, m)
-        if gather != "local":
-            _, counts = sizes_of_ranks(process_group, query.device, n, m)
-            target = target + sum(counts[: process_group.rank()])
-            candidates = gather_rows(candidates, counts, process_group, gradients=gather == "exact")
-            if candidate_ids is not None:
-                candidate_ids = gather_rows(candidate_ids, counts, process_group, gradients=False)
+        check_targets(pool.target, len(pool.candidates))
+        pool = _of_all_ranks(pool, process_group, gather, "all_gather", False, workspace_bytes)
+    weight = torch.ones_like(pool.target, dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
     if reduction == "mean":
         total = weight.sum() if process_group is None else SumOverRanks.apply(weight.sum(), process_group)
         weight = weight / torch.where(total == 0, 1.0, total)
     grad = torch.is_grad_enabled()
-    need = [grad and t.requires_grad for t in (query, candidates)]
+    need = [grad and t.requires_grad for t in (pool.query, pool.candidates)]
     need.append(grad and (scale.requires_grad or shift.requires_grad))
     # float16 waits for the upstream gradient, as a softmax does
-    known = weight if reduction != "none" and query.dtype != torch.float16 and any(need[:2]) else None
+    known = weight if reduction != "none" and pool.query.dtype != torch.float16 and any(need[:2]) else None
     end: Any = (True, need, workspace_bytes, "triton" if backend == "fused" else backend)
-    loss, *_ = ops.sigmoid_loss(query, candidates, target, known, scale, shift, query_ids, candidate_ids, *end)
+    operands = (pool.query, pool.candidates, pool.target, known, scale, shift, pool.query_ids, pool.candidate_ids)
+    loss, *_ = ops.sigmoid_loss(*operands, *end)
     if known is None:
         loss = weight * loss if reduction == "none" else (weight * loss).sum()
     if process_group is not None and reduction != "none":
@@ -321,36 +290,101 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
     return loss
 
 
-def _pool(query, candidates, target, query_ids, candidate_ids):
+class _Pool(NamedTuple):
+    """Queries, and the candidates that they see: at first those here, then perhaps those of other ranks too."""
+
+    query: Tensor  # [N, D]
+    candidates: Tensor  # [M, D]
+    target: Tensor  # [N], among the candidates of all ranks
+    query_ids: Tensor | None  # [N]
+    candidate_ids: Tensor | None  # [M]
+    bias: Tensor | None  # [M]
+    queries: Tensor  # of all ranks, where they are negatives,
+    ids_of_queries: Tensor | None  # and theirs
+    ids_of_all: Tensor | None  # of the candidates of all ranks,
+    total: int  # of which there are so many
+    first: int = 0  # number of the first one here
+    group: str | None = None  # of the ranks whose candidates are seen
+    ring: bool = False  # whether they come one rank's after another's; else they are gathered here
+    first_query: int = 0  # the same of the queries, where those are negatives
+
+    def unit(self) -> _Pool:
+        query = _unit(self.query)
+        return self._replace(query=query, candidates=_unit(self.candidates), queries=query)
+
+
+def _pool(query, candidates, target, query_ids, candidate_ids, bias=None, positives=None) -> _Pool:
     """Check queries, candidates and what says which belong together; the target and the ids, if not given."""
+    if positives is not None and target is not None:
+        raise ValueError("want target or positives, got both")
     query, candidates, _ = autocast(query, candidates, None)
     if query.ndim != 2:
         raise ValueError(f"query must be [N, D], got {[*query.shape]}")
     check_pair("query", query, "candidates", candidates)
     n, m = query.shape[0], candidates.shape[0]
-    if target is None:
-        if m < n:
-            raise ValueError(
-                f"candidates must have a row for each of the {n} queries when target is None, got {m} rows"
-            )
-        target = torch.arange(n, device=query.device)
-    check_vector("target", target, (n,), query.device, torch.int64)
+    if target is None and positives is None and m < n:
+        raise ValueError(f"candidates must have a row for each of the {n} queries when target is None, got {m} rows")
     if query_ids is not None and candidate_ids is None:
         raise ValueError("query_ids without candidate_ids: want both, or candidate_ids alone")
+    if positives is not None:
+        target = torch.zeros(n, dtype=torch.int64, device=query.device)  # which is not read
+    elif target is None:
+        target = torch.arange(n, device=query.device)
+    check_vector("target", target, (n,), query.device, torch.int64)
     if candidate_ids is not None:
         check_vector("candidate_ids", candidate_ids, (m,), query.device, torch.int64)
-        if query_ids is None:  # out-of-range targets are the engine's to refuse
+        if query_ids is None and positives is None:  # out-of-range targets are the engine's to refuse
             query_ids = candidate_ids[target.clamp(0, m - 1)] if m else target
+    if query_ids is not None:
         check_vector("query_ids", query_ids, (n,), query.device, torch.int64)
-    return query, candidates, target, query_ids
+    if bias is not None:
+        check_vector("candidate_bias", bias, (m,), query.device, None)
+    return _Pool(query, candidates, target, query_ids, candidate_ids, bias, query, query_ids, candidate_ids, m)
 
 
-def _check_positives(positives, pool, target, n: int, m: int, query_ids, candidate_ids) -> None:
+def _of_all_ranks(pool: _Pool, process_group: ProcessGroup, gather: str, layout: str, with_queries: bool,
+                  workspace_bytes: int | None) -> _Pool:  # fmt: skip
+    """With the candidates of all ranks, gathered or to come in a ring; collective."""
+    n, (m, d) = len(pool.query), pool.candidates.shape
+    if gather == "local":
+        return pool
+    exact, rank = gather == "exact", process_group.rank()
+    budget = default_workspace(pool.query.device) if workspace_bytes is None else workspace_bytes
+    queries, counts, budgets = sizes_of_ranks(process_group, pool.query.device, n, m, budget)
+    first, total = sum(counts[:rank]), sum(counts)
+    large = 2 * total * d * pool.query.element_size() > RING_WORKSPACES * min(budgets)
+    collect = functools.partial(gather_rows, counts=counts, group=process_group)
+    ids = None if pool.candidate_ids is None else collect(pool.candidate_ids, gradients=False)
+    ring = layout == "ring" or (layout == "auto" and large)
+    pool = pool._replace(target=pool.target + first, ids_of_all=ids, total=total, first=first,
+                         group=process_group.group_name, ring=ring)  # fmt: skip
+    if with_queries:
+        of_queries = functools.partial(gather_rows, counts=queries, group=process_group)
+        pool = pool._replace(
+            queries=of_queries(pool.query, gradients=exact), first_query=sum(queries[:rank]),
+            ids_of_queries=None if pool.query_ids is None else of_queries(pool.query_ids, gradients=False),
+        )  # fmt: skip
+    if pool.ring:
+        return pool
+    return pool._replace(candidates=collect(pool.candidates, gradients=exact), candidate_ids=ids,
+                         bias=None if pool.bias is None else collect(pool.bias, gradients=exact))  # fmt: skip
+
+
+def _kept(pool: _Pool, row_id: Tensor | None) -> Tensor:
+    """How many candidates ids do not leave out: of each query, or of all."""
+    ids = pool.ids_of_all
+    if row_id is None or ids is None:
+        return torch.full((), pool.total, device=pool.query.device)
+    ordered = ids.sort().values
+    same = torch.searchsorted(ordered, row_id, right=True) - torch.searchsorted(ordered, row_id)
+    return pool.total - same + (ids[pool.target.clamp(0, pool.total - 1)] == row_id)
+
+
+def _check_positives(positives, pooling, pool: _Pool) -> None:
     """Lists are looked into on a CPU, and asserted on CUDA."""
-    if pool not in POOLS:
-        raise ValueError(f"positives_pool must be one of {POOLS}, got {pool!r}")
-    if target is not None:
-        raise ValueError("want target or positives, got both")
+    n, m, query_ids, candidate_ids = len(pool.query), len(pool.candidates), pool.query_ids, pool.candidate_ids
+    if pooling not in POOLS:
+        raise ValueError(f"positives_pool must be one of {POOLS}, got {pooling!r}")
     if isinstance(positives, str):
         if positives != "ids":
             raise ValueError(f'positives must be (start, columns) or "ids", got {positives!r}')
@@ -378,15 +412,6 @@ def _check_positives(positives, pool, target, n: int, m: int, query_ids, candida
             at = int(key.indices[twice.nonzero()[0]])
             raise ValueError(f"positives[1] must name a candidate once for a query, got {int(col[at])} again at {at}")
     torch._assert_async(~(falls | outside.any() | twice.any()), "positives must be lists of distinct candidates")
-
-
-def _pairs(positives: tuple[Tensor, Tensor] | str, first: int, query_ids: Tensor | None, candidate_ids: Tensor | None):
-    """The lists of positives among the columns of all ranks, which rows have any, and what ids mask then."""
-    if isinstance(positives, str):
-        start, col = ops.pairs_of_ids(query_ids, candidate_ids)
-    else:
-        start, col = positives[0], positives[1] + first
-    return (start, col), start.diff() > 0, None, None  # where ids say what is positive they leave out nothing
 
 
 def _unit(t: Tensor) -> Tensor:

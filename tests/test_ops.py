@@ -44,11 +44,11 @@ def test_opcheck(backend):
     for symmetric in (False, True):
         options = (None, 0.1, 5.0, "")  # ignore_index, margin, gap, pool
         v = weight if symmetric else None
-        arguments = (x, w, target, *fixed, *options, symmetric, True, [True] * 5 + [False], *end[1:])
+        arguments = (x, w, target, *fixed, *options, symmetric, True, [True] * 5 + [False], *end[1:], None)
         torch.library.opcheck(ops.nll_stats, arguments)
         torch.library.opcheck(ops.loss_and_grads, (x, w, target, *four, v, *shared, *options, True, *end))
     several = (scale, b, None, None, soft, None, None, *lists, 0.0, None, 0.0, None, "logsumexp")
-    arguments = (x, w, target, scale.detach(), *several[1:], False, True, [True] * 3 + [False] * 3, *end[1:])
+    arguments = (x, w, target, scale.detach(), *several[1:], False, True, [True] * 3 + [False] * 3, *end[1:], None)
     torch.library.opcheck(ops.nll_stats, arguments)
     of_three = ([True] * 3 + [False] * 2 + [True], *end[1:])
     torch.library.opcheck(ops.loss_and_grads, (x, w, target, *four, None, *several, True, *of_three))
@@ -59,7 +59,7 @@ def test_opcheck(backend):
     x, w, scale, weight, x2, w2 = (t.detach() for t in (x, w, scale, weight, x2, w2))
     upstream, known = (weight, top, top, top, top), (weight, top, weight, of_columns, of_columns, torch.rand(0))
     options = (None, None, 0.0, None, 0.0, None, "", True)
-    arguments = (*upstream, *known, x, w, target, scale, None, None, None, soft, x2, w2, *options, *end)
+    arguments = (*upstream, *known, x, w, target, scale, None, None, None, soft, x2, w2, *options, *end, None)
     torch.library.opcheck(ops.nll_stats_backward, arguments)
     torch.library.opcheck(ops.column_values, (soft, target, None))
     torch.library.opcheck(ops.pairs_of_ids, (ids[target], ids))
@@ -223,5 +223,5 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
         scale = torch.ones((), device="meta")
         grads = ops.nll_stats_backward(*8 * [row], column, column, row[:0], x, w, target, scale, column, None, None,
                                        column, None, None, None, None, 0.0, -100, 0.0, None, "", True,
-                                       [True] * 3 + [False] * 3, budget, "reference", None, False, None)  # fmt: skip
+                                       [True] * 3 + [False] * 3, budget, "reference", None, False, None, None)  # fmt: skip
     assert [g.shape for g in grads[:3]] == [x.shape, w.shape, b.shape]

@@ -160,7 +160,7 @@ BAD = [
     (dict(positives="ids", candidate_ids=torch.arange(5)), ValueError, 'positives "ids" wants query_ids and candidate_ids'),
     (dict(positives=LIST, candidate_ids=torch.arange(5)), ValueError, "want positives as lists or ids, got both"),
     (dict(positives=LIST, symmetric=True), ValueError, "want positives or one of symmetric"),
-    (dict(positives=LIST, hard_negatives=torch.zeros(3, 1, 8)), ValueError, "want positives or one of symmetric, hard_negatives"),
+    (dict(positives=LIST, hard_negatives=torch.zeros(3, 1, 8)), ValueError, "want positives or one of symmetric, hard_"),
     (dict(positives=(LIST[0][1:], LIST[1])), ValueError, r"positives\[0\] must be \[4\], got \[3\]"),
     (dict(positives=(LIST[0].flip(0), LIST[1])), ValueError, r"positives\[0\] must rise from 0 to 3"),
     (dict(positives=(LIST[0], LIST[1].int())), ValueError, r"positives\[1\] must be torch.int64"),

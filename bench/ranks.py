@@ -1,19 +1,21 @@
 """info_nce over processes: the time of a step, measured and by the cost model of docs/info_nce.md, in both layouts.
 
-python bench/ranks.py [--ranks 1 2 4] [--rows 1024 4096 256] [--symmetric]
+python bench/ranks.py [--ranks 1 2 4] [--rows 2048 8192 256] [--symmetric]
 
 Every rank has as many queries and candidates. Two rates are measured in the same run, by as many processes at once:
 
     F   FLOP per second of a rank, by the engine's products alone in the blocks of its plan
+    E   logits per second of a rank, by the tile kernels alone
     B   bytes per second that come in at a rank, by the collectives of the layout alone
 
-and the model says: seconds = products / F + bytes / B, with nothing overlapped.
+and the model says: seconds = FLOP / F + logits / E + bytes / B, with nothing overlapped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import statistics
 import time
@@ -31,8 +33,9 @@ from cosup.bench import report
 from cosup.bench.gemms import engine_gemms
 from cosup.bench.measure import peak_bytes
 from cosup.distributed import Peers, gather
-from cosup.plan import plan
-from cosup.walk import cost, default_workspace, resolve
+from cosup.kernels.reference import ColumnState, RowState
+from cosup.plan import Plan, plan
+from cosup.walk import cost, default_workspace, resolve, tile_kernels
 
 
 def model(n: int, m: int, d: int, world: int, item: int, layout: str, symmetric: bool) -> tuple[float, float]:
@@ -48,7 +51,7 @@ def model(n: int, m: int, d: int, world: int, item: int, layout: str, symmetric:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rows", type=int, nargs=3, default=[1024, 4096, 256], metavar=("N", "M", "D"))
+    parser.add_argument("--rows", type=int, nargs=3, default=[2048, 8192, 256], metavar=("N", "M", "D"))
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(arguments)
@@ -61,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mp.start_processes(_rank, (world, port, vars(args), results), nprocs=world, start_method="spawn")
         records += [results.get() for _ in range(2 if world > 1 else 1)]
         print(*(json.dumps(record) for record in records[-2:]), sep="\n", flush=True)
-    path = report.RESULTS / "ranks_cpu.json"
-    path.write_text(json.dumps({"title": "ranks", **report.environment(), "problems": records}, indent=1) + "\n")
+    title = "ranks" + "_symmetric" * args.symmetric
+    path = report.RESULTS / f"{title}_cpu.json"
+    path.write_text(json.dumps({"title": title, **report.environment(), "problems": records}, indent=1) + "\n")
 
 
 def _rank(rank: int, world: int, port: int, args: dict[str, Any], results: Any) -> None:
@@ -91,6 +95,7 @@ def _rank(rank: int, world: int, port: int, args: dict[str, Any], results: Any) 
         passes: dict[str, Callable[[], object]] = {
             "step": step,
             "products": multiply,
+            "tiles": partial(_visit_tiles, n, len(table), blocks, symmetric, products),
             "wire": partial(_wire, c.detach(), layout, world),
         }
         times: dict[str, list[float]] = {name: [] for name in passes}
@@ -110,11 +115,31 @@ def _rank(rank: int, world: int, port: int, args: dict[str, Any], results: Any) 
             results.put({
                 "ranks": world, "layout": layout, "N": n, "M": m, "D": d, "symmetric": symmetric, "FLOP": flop,
                 "wire_bytes": wire, "FLOP_per_second": flop / mean["products"],
+                "logits_per_second": n * m * world / mean["tiles"],
                 "bytes_per_second": wire / mean["wire"] if wire else None,
-                "model_seconds": mean["products"] + (mean["wire"] if wire else 0.0),
+                "model_seconds": mean["products"] + mean["tiles"] + (mean["wire"] if wire else 0.0),
                 "step_seconds": mean["step"], "peak_bytes": int(memory),
             })  # fmt: skip
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads may abort a process that unwinds
+
+
+def _visit_tiles(n: int, m: int, blocks: Plan, symmetric: bool, times: int) -> None:
+    """What the tile kernels do in a step, without its products."""
+    x = torch.empty(0, 1)
+    kernels, scale = tile_kernels(resolve("auto", x), x), torch.ones(())
+    tile = torch.zeros(blocks.block_rows, blocks.strip_cols)
+    target, weight = torch.zeros(blocks.block_rows, dtype=torch.int64), torch.ones(blocks.block_rows)
+    rows = RowState.empty(blocks.block_rows, scale)
+    columns = ColumnState.empty(blocks.strip_cols, scale)
+    columns.max.zero_()
+    rows.max.zero_()
+    of_columns = (None, 0.0, None, None, None, columns.max, columns.sum) if symmetric else ()
+    for _ in range(times * n * m // tile.numel()):
+        kernels.tile_stats(tile, rows, 0, target, scale)
+        if symmetric:
+            kernels.column_stats(tile, columns, 0, target, scale)
+        kernels.tile_grad(tile, tile, rows.max, weight, weight, 0, target, scale, None, None, None, 0.0, *of_columns)
 
 
 def _wire(c: torch.Tensor, layout: str, world: int) -> None:

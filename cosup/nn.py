@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,40 @@ class InfoNCELoss(nn.Module):
     def forward(self, query: Tensor, candidates: Tensor, target: Tensor | None = None, **inputs: Any):
         """``inputs``: what changes from call to call of :func:`cosup.info_nce`, as ``candidate_ids``."""
         return info_nce(query, candidates, target, temperature=self.temperature, **self.options, **inputs)
+
+
+class MatryoshkaLoss(nn.Module):
+    """A loss of prefixes of the vectors, so that each is a vector by itself: sum_d weights[d] loss(q[:, :d], c[:, :d]).
+
+    Args:
+        loss: An :class:`InfoNCELoss` or :class:`SigmoidLoss`, whose value is one tensor.
+        dims: Lengths of the prefixes.
+        weights: Of each prefix's loss; None: 1 for all.
+
+    Raises:
+        ValueError: No prefixes, one longer than the vectors or without a number, or not as many weights.
+
+    Source: Kusupati et al. 2022, arXiv:2205.13147.
+    """
+
+    def __init__(self, loss: InfoNCELoss | SigmoidLoss, dims: Sequence[int], weights: Sequence[float] | None = None):
+        super().__init__()
+        if not dims or min(dims) < 1:
+            raise ValueError(f"dims must be lengths of at least 1, got {dims!r}")
+        if weights is not None and len(weights) != len(dims):
+            raise ValueError(f"weights must be as many as dims, {len(dims)}, got {len(weights)}")
+        if loss.options.get("return_stats"):
+            raise ValueError("loss must give one tensor, got one with return_stats")
+        self.loss, self.dims, self.weights = loss, dims, [1.0] * len(dims) if weights is None else weights
+
+    def forward(self, query: Tensor, candidates: Tensor, target: Tensor | None = None, **inputs: Any) -> Tensor:
+        if max(self.dims) > query.shape[-1]:
+            raise ValueError(f"dims must be at most the vectors' length {query.shape[-1]}, got {max(self.dims)}")
+        hard, losses = inputs.pop("hard_negatives", None), []
+        for d in self.dims:
+            more = inputs if hard is None else {**inputs, "hard_negatives": hard[..., :d]}
+            losses.append(self.loss(query[..., :d], candidates[..., :d], target, **more))
+        return torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum(0)
 
 
 class SigmoidLoss(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_losses import DTYPES, check
 
-from cosup import info_nce
+from cosup import info_nce, nn
 from cosup.bench import peers
 from cosup.plan import Strategy, plan, used
 from cosup.walk import cost, resolve
@@ -311,3 +311,29 @@ def test_a_frozen_pool_may_be_mapped_from_a_file(tmp_path):
         loss = info_nce(query, candidates, target, normalize=False, temperature=1.0, workspace_bytes=40_000)
         results.append((loss.detach(), *torch.autograd.grad(loss, query)))
     torch.testing.assert_close(*results)
+
+
+def test_matryoshka(device):
+    query, candidates, target = problem(torch.float64, device)
+    hard = torch.randn(N, 2, D, dtype=torch.float64, device=device)
+    tensors = [t.requires_grad_() for t in (query, candidates, hard)]
+    loss = nn.MatryoshkaLoss(nn.InfoNCELoss(0.3, symmetric=True), dims=(8, 20, D), weights=(0.5, 1.0, 2.0))
+    parts = [formula(query[:, :d], candidates[:, :d], temperature=0.3, target=target, symmetric=True,
+                     hard_negatives=hard[..., :d]) for d in (8, 20, D)]  # fmt: skip
+    got, want = loss(query, candidates, target, hard_negatives=hard), 0.5 * parts[0] + parts[1] + 2 * parts[2]
+    torch.testing.assert_close((got, *torch.autograd.grad(got, tensors)), (want, *torch.autograd.grad(want, tensors)))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((nn.InfoNCELoss(), ()), "dims must be lengths of at least 1"),
+        ((nn.InfoNCELoss(), (8, 0)), "dims must be lengths of at least 1"),
+        ((nn.InfoNCELoss(), (8, 16), (1.0,)), "weights must be as many as dims, 2, got 1"),
+        ((nn.InfoNCELoss(return_stats=True), (8,)), "loss must give one tensor"),
+        ((nn.InfoNCELoss(), (D + 1,)), f"dims must be at most the vectors' length {D}, got {D + 1}"),
+    ],
+)
+def test_bad_matryoshka(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        nn.MatryoshkaLoss(*arguments)(torch.randn(3, D), torch.randn(3, D))

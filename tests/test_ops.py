@@ -223,5 +223,6 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
         scale = torch.ones((), device="meta")
         grads = ops.nll_stats_backward(*8 * [row], column, column, row[:0], x, w, target, scale, column, None, None,
                                        column, None, None, None, None, 0.0, -100, 0.0, None, "", True,
-                                       [True] * 3 + [False] * 3, budget, "reference", None, False, None, None)  # fmt: skip
+                                       [True] * 3 + [False] * 3, budget, "reference", None, False,
+                                       None, None)  # fmt: skip
     assert [g.shape for g in grads[:3]] == [x.shape, w.shape, b.shape]

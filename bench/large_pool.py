@@ -1,0 +1,46 @@
+"""info_nce with a pool that fills the memory: seconds, and the most memory that the process ever held.
+
+python bench/large_pool.py [--shape 1024 1048576 256] [--workspace-mib 256] [--normalize] [--symmetric]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+
+import torch
+
+from cosup import info_nce
+from cosup.bench import report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=3, default=[1024, 1 << 20, 256], metavar=("N", "M", "D"))
+    parser.add_argument("--workspace-mib", type=int, default=256)
+    parser.add_argument("--normalize", action="store_true", help="vectors are not of unit length yet")
+    parser.add_argument("--symmetric", action="store_true")
+    args = parser.parse_args()
+    n, m, d = args.shape
+    torch.manual_seed(0)
+    length = 1.0 if args.normalize else d**-0.5  # about that of a unit
+    query, candidates = torch.randn(n, d) * length, torch.empty(m, d)
+    for part in candidates.split(1 << 16):
+        part.normal_(std=length)
+    start = time.perf_counter()
+    loss = info_nce(query.requires_grad_(), candidates.requires_grad_(), normalize=args.normalize,
+                    symmetric=args.symmetric, workspace_bytes=args.workspace_mib << 20)  # fmt: skip
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+    seconds = time.perf_counter() - start
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({**report.environment(), **vars(args), "loss": loss.item(), "seconds": round(seconds, 2),
+                      "resident_GB": round(resident / 1e9, 2),
+                      "candidates_and_gradient_GB": round(2 * candidates.nbytes / 1e9, 2)}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

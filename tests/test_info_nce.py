@@ -170,6 +170,19 @@ def test_gradcheck(budget, symmetric):
         assert torch.autograd.gradcheck(loss, inputs)
 
 
+def test_stats_with_query_negatives(device):
+    query, candidates, target = problem(torch.float32, device)
+    _, stats = info_nce(query, candidates, target, temperature=0.3, query_negatives=True, return_stats=True)
+    q, c = (F.normalize(t.double(), dim=1) for t in (query, candidates))
+    z = q @ c.mT / 0.3
+    row = torch.cat([z, (q @ q.mT / 0.3).fill_diagonal_(float("-inf"))], 1)
+    own, log_p = z.gather(1, target[:, None]), row.log_softmax(1)
+    assert torch.equal(stats.rank, (z > own).sum(1) + 1)  # among the candidates
+    entropy = -(log_p.exp() * log_p).nan_to_num(0.0).sum(1)
+    for got, want in ((stats.lse, row.logsumexp(1)), (stats.entropy, entropy), (stats.nll, row.logsumexp(1) - own[:, 0])):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("hard", [None, 3])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_stats(symmetric, hard, device):

@@ -177,6 +177,30 @@ def listed_positives_are_own_candidates(rank, world):
     torch.testing.assert_close(*results)
 
 
+def ring_in_slabs(rank, world):
+    """Parts that are visited slab by slab."""
+    torch.manual_seed(0)
+    n, m = 9, 70
+    q, c = torch.randn(n * world, 5, dtype=torch.float64), torch.randn(m * world, 5, dtype=torch.float64)
+    ids = torch.randint(40, (m * world,))
+    target = torch.cat([torch.randperm(m)[:n] for _ in range(world)])
+    rows, columns = slice(n * rank, n * (rank + 1)), slice(m * rank, m * (rank + 1))
+    plan.SLAB_HEIGHT, walk.LEAST_ROWS["cpu"] = 1, 8
+    first = m * torch.arange(world).repeat_interleave(n)
+    for options in ({"candidate_ids": ids}, {"false_negative_margin": 0.1}, {"symmetric": True}):
+        results = []
+        for here, there, group in ((slice(None), slice(None), None), (rows, columns, dist.group.WORLD)):
+            given = {k: v[there] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+            tensors = [q[here].clone().requires_grad_(), c[there].clone().requires_grad_()]
+            loss, stats = info_nce(*tensors, target + first if group is None else target[rows], return_stats=True,
+                                   process_group=group, layout="ring", workspace_bytes=None if group is None else 9000,
+                                   **given)  # fmt: skip
+            dq, dc = torch.autograd.grad(loss, tensors)
+            results.append((loss, *(f[rows] for f in stats), dq[rows], dc[columns]) if group is None else
+                           (loss, *stats, dq, dc))  # fmt: skip
+        torch.testing.assert_close(*results)
+
+
 def peak_memory(rank, world, layout, folder):
     """Leave in the folder how much the loss and its gradients take above what was there, with as many rows each."""
     torch.manual_seed(rank)

@@ -198,12 +198,17 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
             z_NH = scale * torch.bmm(hard, pool.query[:, :, None]).squeeze(2).to(dtype)
             place = _place(stats, z_NH, margin * scale)
             groups.append((z_NH, torch.zeros_like(z_NH)))
-        others = functools.partial(_others, scale=scale, workspace_bytes=workspace_bytes, backend=backend)
-        if query_negatives:
+        options: Any = {"scale": scale, "workspace_bytes": workspace_bytes, "backend": backend}
+        if query_negatives and pool.group is None:
+            groups.append(_others_alike(pool.query, row_id, **options))
+        elif query_negatives:
             own = pool.first_query + torch.arange(n, device=device)
-            groups.append(others(pool.query, pool.queries, own, row_id, pool.ids_of_queries))
-        if candidate_negatives:
-            groups.append(others(pool.candidates[pool.target], pool.candidates, pool.target, row_id, col_id))
+            groups.append(_others(pool.query, pool.queries, own, row_id, pool.ids_of_queries, **options))
+        if candidate_negatives and pool.group is None and target is None and query_ids is None and n == pool.total:
+            groups.append(_others_alike(pool.candidates, col_id, **options))
+        elif candidate_negatives:
+            of_target = pool.candidates[pool.target]
+            groups.append(_others(of_target, pool.candidates, pool.target, row_id, col_id, **options))
         lse_NG, entropy_NG = (torch.cat(parts, 1) for parts in zip(*groups, strict=True))
         more, stats = _with_further_negatives(stats, lse_NG, entropy_NG, place)
         weight = torch.ones_like(more) if weight is None else weight
@@ -462,6 +467,14 @@ def _others(x: Tensor, w: Tensor, own: Tensor, x_id: Tensor | None, w_id: Tensor
     _, stats = softmax_nll(x, w, own, scale, row_id=x_id, col_id=w_id, margin=float("inf"), reduction="none",
                             rank=False, workspace_bytes=workspace_bytes, backend=backend)  # fmt: skip
     return stats.lse[:, None], stats.entropy.detach().nan_to_num(0.0)[:, None]  # NaN where nothing is left
+
+
+def _others_alike(x: Tensor, ids: Tensor | None, *, scale: Tensor, workspace_bytes: int | None,
+                  backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same where rows and columns are one: each pair is multiplied once, for both of its rows."""
+    need = torch.is_grad_enabled() and x.requires_grad
+    lse, entropy, *_ = ops.lse_of_others(x, scale, ids, need, workspace_bytes, resolve(backend, x))
+    return lse[:, None], entropy.nan_to_num(0.0)[:, None]
 
 
 def _place(stats: RowStats, z_NH: Tensor, margin: Tensor) -> Tensor:

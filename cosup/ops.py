@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosup import ring as ring_walk
-from cosup.distributed import Peers, add_over_ranks, merge_columns, shard, sum_over_ranks
+from cosup.distributed import Peers, add_over_ranks, joined, merge_columns, shard, sum_over_ranks
 from cosup.kernels.reference import ColumnState, RowState
-from cosup.plan import Strategy, plan
+from cosup.plan import Strategy, plan, strip_cols, used
 from cosup.positives import Positives
 from cosup.walk import (
     Columns,
@@ -437,6 +437,79 @@ def pairs_of_ids(row_id: Tensor, col_id: Tensor) -> tuple[Tensor, Tensor]:
 def _(row_id, col_id):
     count = torch.library.get_ctx().new_dynamic_size()
     return row_id.new_empty(row_id.shape[0] + 1), row_id.new_empty(count)
+
+
+TRIANGLE_BLOCKS = 8  # of rows, at least: of the square's products 1/2 + 1/16 are left
+
+
+def _triangle(x: Tensor, scale: Tensor, ids: Tensor | None, workspace_bytes: int | None, backend: str, grads: bool):
+    """The problem, and its blocks: several of rows, or there were nothing to leave out."""
+    target = torch.full(x.shape[:1], -1, device=x.device)
+    budget = default_workspace(x.device) if workspace_bytes is None else workspace_bytes
+    x = x if 1 in x.stride() else x.contiguous()
+    p = Problem(x, x, target, scale, row_id=ids, col_id=ids, symmetric=True, triangle=True, columns=len(x),
+                workspace_bytes=budget)  # fmt: skip
+    c = cost(x, backend, gathered=False, symmetric=True)
+    blocks = plan(len(x), len(x), c, grads=grads, weights_known=False, workspace_bytes=budget)
+    rows = min(blocks.block_rows, max(c.least_rows, -(-len(x) // TRIANGLE_BLOCKS)))
+    fits = used(len(x), len(x), rows, blocks.block_cols, c, grads) <= budget
+    return p, blocks._replace(block_rows=rows, strip_cols=strip_cols(rows, blocks.block_cols, c)) if fits else blocks
+
+
+@torch.library.custom_op("cosup::lse_of_others", mutates_args=())
+def lse_of_others(x: Tensor, scale: Tensor, ids: Tensor | None, need: bool, workspace_bytes: int | None, backend: str,
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """lse and entropy of each row's logits with all other rows but those of its id, [N]; their maximum and sum."""
+    p, blocks = _triangle(x, scale, ids, workspace_bytes, backend, need)  # a budget that will not do is refused now
+    columns = Columns(ColumnState.empty(len(x), scale))
+    state, *_ = walk(p, blocks, backend, columns=columns)
+    top, total, dot = joined(ColumnState(*state[:3]), columns.state)
+    return top + total.log(), total.log() - dot / total, top, total
+
+
+@lse_of_others.register_fake
+def _(x, scale, *_):
+    return tuple(scale.new_empty(x.shape[0]) for _ in range(4))
+
+
+@torch.library.custom_op("cosup::lse_of_others_backward", mutates_args=())
+def lse_of_others_backward(grad: Tensor, top: Tensor, total: Tensor, x: Tensor, scale: Tensor, ids: Tensor | None,
+                           workspace_bytes: int | None, backend: str) -> Tensor:  # fmt: skip
+    """Gradient of x, as a row and as a column."""
+    p, blocks = _triangle(x, scale, ids, workspace_bytes, backend, True)
+    dx = torch.zeros_like(x, dtype=scale.dtype, memory_format=torch.contiguous_format)
+    if len(x) < 2:
+        return dx.to(x.dtype)
+    known = RowState(top, total, top, top, top, p.target)  # a gradient reads the first two
+    columns = Columns(ColumnState(top, total, total), grad)
+    _, _, dw, *_ = walk(p, blocks, backend, known=known, weights=RowWeights(torch.zeros_like(grad), grad),
+                        columns=columns, need=Need(x=True, w=True), dx_sum=dx)  # fmt: skip
+    return (dx + dw).to(x.dtype)
+
+
+@lse_of_others_backward.register_fake
+def _(grad, top, total, x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _others_context(ctx, inputs, output):
+    x, scale, ids, ctx.need, *ctx.end = inputs
+    ctx.save_for_backward(x, scale, ids, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _others_backward(ctx, grad, *_):
+    _once(grad)
+    if grad is None:
+        return 6 * (None,)
+    x, scale, ids, lse, entropy, top, total = ctx.saved_tensors
+    dx = lse_of_others_backward(grad, top, total, x, scale, ids, *ctx.end) if ctx.needs_input_grad[0] else None
+    dscale = _times(grad, lse - entropy).sum(dtype=torch.float64) / scale if ctx.needs_input_grad[1] else None
+    return dx, None if dscale is None else dscale.to(scale.dtype), *4 * [None]
+
+
+lse_of_others.register_autograd(_others_backward, setup_context=_others_context)
 
 
 @torch.library.custom_op("cosup::sigmoid_loss", mutates_args=())

@@ -28,7 +28,7 @@ from cosup import gemm
 from cosup.distributed import Shard, merge, sum_over_ranks
 from cosup.kernels import native, reference
 from cosup.kernels.reference import ColumnState, RowState
-from cosup.plan import Cost, Plan, padded
+from cosup.plan import ALIGN, Cost, Plan, padded
 from cosup.positives import Positives, host_reads
 
 _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
@@ -61,6 +61,7 @@ class Problem(NamedTuple):
     limit: Tensor | None = None  # [N], columns whose logit is above it are left out, the target excepted
     symmetric: bool = False  # whether statistics of the columns are asked too
     sigmoid: bool = False  # each pair's own loss: gradients need no statistic
+    triangle: bool = False  # w is x: each pair of different rows is visited once, where its column is the later one
     rows: Tensor | None = None  # [n <= N] int64, the rows to visit; None: all of them
     skip: Tensor | None = None  # [N] bool, rows visited whose contents must not matter; None: none
     positives: Positives | None = None  # of which rows have several; their target then has no part in the gradient
@@ -168,11 +169,15 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
                 kernels.product_stats(products[0].x_r, p.w[s], state.rows(r), tile_buffer, rank, *_features(p, r, s))
             else:
                 tile = tile_buffer[: r.stop - r.start, : s.stop - s.start]
-                starts = [(c, c.start - s.start if whole else 0) for c in _spans(s.start, s.stop, plan.strip_cols)]
+                start = max(s.start, r.start // ALIGN * ALIGN) if p.triangle else s.start
+                starts = [(c, c.start - s.start if whole else 0) for c in _spans(start, s.stop, plan.strip_cols)]
                 strips = [(c, tile[:, at : at + c.stop - c.start]) for c, at in starts]
             for c, strip in strips:
                 for product in products:
                     product.dots(c, strip, first=product is products[0])
+                if p.triangle and c.start < r.stop:
+                    earlier = torch.ones_like(strip[:, : r.stop - c.start], dtype=torch.bool).tril_(r.start - c.start)
+                    strip[:, : r.stop - c.start].masked_fill_(earlier, float("-inf"))
                 if known is None and positives is not None:
                     positives.read(strip, p.col0 + c.start, p.scale, _slice(p.bias, c))
                 if known is None and columns is not None:

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from test_losses import DTYPES, check
 
-from cosup import info_nce, nn
+from cosup import info_nce, nn, ops
 from cosup.bench import peers
+from cosup.gemm import dots
 from cosup.plan import Strategy, plan, used
 from cosup.walk import cost, resolve
 
@@ -124,6 +125,37 @@ def test_error_of_every_feature(feature, reduction, strategy, dtype, device):
         return loss(query, candidates, target=target, temperature=0.3, reduction=reduction, **options, **given, **more)
 
     check(lambda *t: run(info_nce, *t, workspace_bytes=budget), lambda *t: run(formula, *t), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", ["one slab", "slabs"])
+@pytest.mark.parametrize("ids", [None, torch.randint(40, (M,), generator=GENERATOR)], ids=["", "ids"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_error_of_triangles(reduction, ids, strategy, dtype, device):
+    """As many candidates as queries: both kinds of negatives are of a square, of which one half is visited."""
+    query, candidates = (torch.randn(M, D, device=device).to(dtype) for _ in range(2))
+    candidates[: M // 2] += query[: M // 2]
+    options = {"query_negatives": True, "candidate_negatives": True, "temperature": 0.3, "reduction": reduction,
+               "candidate_ids": None if ids is None else ids.to(device)}  # fmt: skip
+    target = torch.arange(M, device=device)
+    c = cost(query, resolve("auto", query), gathered=False, symmetric=True)
+    c = c._replace(strip=c.strip and 16)
+    budget = 1 << 28 if strategy == "one slab" else used(M, M, 16, 48, c, True) + 64 * c.tile
+    p = plan(M, M, c, grads=True, weights_known=False, workspace_bytes=budget)
+    assert (p.block_cols < M) == (strategy == "slabs")
+    check(lambda q, c: info_nce(q, c, workspace_bytes=budget, **options),
+          lambda q, c: formula(q, c, target=target, **options), (query, candidates))  # fmt: skip
+
+
+def test_a_triangle_is_half_of_a_square(monkeypatch):
+    """Of the products, counted."""
+    counted = []
+    monkeypatch.setattr("cosup.walk.gemm.dots", lambda x, w, out: (counted.append(out.numel()), dots(x, w, out)))
+    x = torch.randn(800, 8, requires_grad=True)
+    lse, *_ = ops.lse_of_others(x, torch.ones(()), None, True, None, "reference")
+    torch.autograd.grad(lse.sum(), x)
+    assert sum(counted) <= 2 * 0.6 * 800**2
+    torch.testing.assert_close(lse, (x @ x.mT).fill_diagonal_(float("-inf")).logsumexp(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -63,6 +63,10 @@ def test_opcheck(backend):
     torch.library.opcheck(ops.nll_stats_backward, arguments)
     torch.library.opcheck(ops.column_values, (soft, target, None))
     torch.library.opcheck(ops.pairs_of_ids, (ids[target], ids))
+    x, scale = x.requires_grad_(), scale.requires_grad_()
+    torch.library.opcheck(ops.lse_of_others, (x, scale, ids[target], True, 1 << 20, backend))
+    x, scale = x.detach(), scale.detach()
+    torch.library.opcheck(ops.lse_of_others_backward, (weight, top, weight, x, scale, None, 1 << 20, backend))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -192,7 +196,8 @@ class OnlyOn(TorchDispatchMode):
 def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
     """As whole graphs and CUDA graphs need it: no value is asked, nothing copied from or to the host. Shown on the meta
     device, whose tensors have no values to ask for, by the operators' own code in place of their fake kernels."""
-    for name in ("nll_stats", "loss_and_grads", "nll_stats_backward", "column_values", "sigmoid_loss"):
+    for name in ("nll_stats", "loss_and_grads", "nll_stats_backward", "column_values", "sigmoid_loss", "lse_of_others",
+                 "lse_of_others_backward"):
         monkeypatch.setattr(ops, name, torch.no_grad()(getattr(ops, name)._init_fn))
     for room in ("losses", "contrastive"):  # not known of that device
         monkeypatch.setattr(f"cosup.{room}.autocast", lambda *tensors: tensors)
@@ -214,6 +219,8 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
                      return_stats=True, **common)  # fmt: skip
             info_nce(x, w, target, candidate_ids=ids, label_smoothing=0.1, reduction=reduction, **common)
             info_nce(x, w, target, false_negative_margin=0.1, reduction=reduction, **common)
+            info_nce(x, w, candidate_ids=ids, query_negatives=True, candidate_negatives=True, temperature=row[0],
+                     reduction=reduction, **common)  # fmt: skip
             lists = torch.zeros(301, dtype=torch.int64, device="meta"), ids[:400]
             info_nce(x, w, positives=lists, positives_pool="logsumexp", temperature=row[0], reduction=reduction,
                      candidate_bias=column, label_smoothing=0.1, return_stats=True, **common)  # fmt: skip
@@ -225,4 +232,5 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
                                        column, None, None, None, None, 0.0, -100, 0.0, None, "", True,
                                        [True] * 3 + [False] * 3, budget, "reference", None, False,
                                        None, None)  # fmt: skip
+        assert ops.lse_of_others_backward(row, row, row, x, scale, ids[:300], budget, "reference").shape == x.shape
     assert [g.shape for g in grads[:3]] == [x.shape, w.shape, b.shape]

@@ -9,6 +9,8 @@ Changes files in place and puts them back: run it on a clean checkout.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -305,10 +307,13 @@ def main() -> int:
 
 def _fails(command: list[str]) -> bool:
     """Whether a test fails, or hangs: ranks that wait for each other do."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=LONGEST).returncode == 1
-    except subprocess.TimeoutExpired:
-        return True
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet) as run:
+        try:
+            return run.wait(LONGEST) == 1
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            return True
 
 
 def _build() -> bool:

@@ -71,8 +71,9 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
             sweep, so a mean or sum takes a second one: 4U. Those that all queries may see belong in ``candidates``.
         query_negatives: The other queries are negatives of a query too.
         candidate_negatives: The other candidates are negatives of a query's positive too, in the same softmax. Either
-            is a walk of its own, 4U of its size, and a mean or sum takes 4U for the first; ids leave out pairs in them
-            as in the first; ranks are among the candidates. Not with ``positives``, nor on a ring.
+            is a walk of its own, 4U of its size or, where rows and columns are the same vectors, half of that, and a
+            mean or sum takes 4U for the first; ids leave out pairs in them as in the first; ranks are among the
+            candidates. Not with ``positives``, nor on a ring.
         temperature: Positive divisor; a scalar tensor gets its gradient.
         normalize: Divide rows by their Euclidean norm (at least 1e-12) first; the copies are beside the workspace.
         symmetric: Each positive must also be told its query among all queries; no two queries may have one positive.

@@ -52,7 +52,8 @@ def gradients(p: Problem, peers: Peers, plan: Callable[[Problem], Plan], backend
     dw = torch.zeros_like(p.w, dtype=wide, memory_format=torch.contiguous_format) if need.w else None
     dbias = torch.zeros(len(p.w), dtype=wide, device=p.x.device) if need.bias else None
     totals = [total for total in (dw, dbias) if total is not None]
-    coming = [torch.empty_like(p.w)] * need.w + [torch.empty_like(dbias) for dbias in totals[need.w :]]
+    coming = [torch.empty_like(total, dtype=p.w.dtype) for total in totals[: need.w]]
+    coming += [torch.empty_like(total) for total in totals[need.w :]]
     found: list[Tensor] = []
     swap = Swap([], [])
     for visit in _visits(p, peers, columns):

@@ -187,11 +187,11 @@ def ring_in_slabs(rank, world):
     rows, columns = slice(n * rank, n * (rank + 1)), slice(m * rank, m * (rank + 1))
     plan.SLAB_HEIGHT, walk.LEAST_ROWS["cpu"] = 1, 8
     first = m * torch.arange(world).repeat_interleave(n)
-    for options in ({"candidate_ids": ids}, {"false_negative_margin": 0.1}, {"symmetric": True}):
+    for options in ({"candidate_ids": ids}, {"false_negative_margin": 0.1}, {"symmetric": True}, {"normalize": False}):
         results = []
         for here, there, group in ((slice(None), slice(None), None), (rows, columns, dist.group.WORLD)):
             given = {k: v[there] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-            tensors = [q[here].clone().requires_grad_(), c[there].clone().requires_grad_()]
+            tensors = [q[here].clone().requires_grad_(), c[there].T.clone().T.requires_grad_()]  # columns in memory
             loss, stats = info_nce(*tensors, target + first if group is None else target[rows], return_stats=True,
                                    process_group=group, layout="ring", workspace_bytes=None if group is None else 9000,
                                    **given)  # fmt: skip

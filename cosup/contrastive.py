@@ -122,8 +122,10 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     pool = _pool(query, candidates, target, query_ids, candidate_ids, candidate_bias, positives)
     n, device, by_id = len(pool.query), query.device, isinstance(positives, str)
     further = query_negatives or candidate_negatives
+    if positives_pool not in POOLS:
+        raise ValueError(f"positives_pool must be one of {POOLS}, got {positives_pool!r}")
     if positives is not None:
-        _check_positives(positives, positives_pool, pool)
+        _check_positives(positives, pool)
         if symmetric or margin or false_negative_margin is not None or hard_negatives is not None or further:
             names = "symmetric, hard_, query_ and candidate_negatives, margin and false_negative_margin"
             raise ValueError(f"want positives or one of {names}, got both")
@@ -165,6 +167,8 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         layout = layout if may_ring else "all_gather"
         pool = _of_all_ranks(pool, process_group, gather, layout, query_negatives, workspace_bytes)
 
+    if positives is not None and n and not pool.total:
+        raise ValueError(f"candidates must have rows where there are {n} queries, got none")
     weight = None if sample_weight is None else sample_weight.to(dtype)
     pairs, row_id, col_id = None, pool.query_ids, pool.candidate_ids
     if positives is not None:
@@ -215,7 +219,8 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         weight = torch.ones_like(more) if weight is None else weight
         loss = loss + (weight / 2 if symmetric else weight) * more
         if once != "none":
-            loss = loss.sum() / (weight.sum() if once == "mean" and n else 1.0)
+            total = weight.sum()
+            loss = loss.sum() / (torch.where(total == 0, 1.0, total) if once == "mean" else 1.0)
     if process_group is not None and reduction != "none":
         loss = loss + (SumOverRanks.apply(loss.detach(), process_group) - loss.detach())
     return (loss, RowStats(*(f.detach() for f in stats))) if return_stats else loss
@@ -386,11 +391,9 @@ def _kept(pool: _Pool, row_id: Tensor | None) -> Tensor:
     return pool.total - same + (ids[pool.target.clamp(0, pool.total - 1)] == row_id)
 
 
-def _check_positives(positives, pooling, pool: _Pool) -> None:
+def _check_positives(positives, pool: _Pool) -> None:
     """Lists are looked into on a CPU, and asserted on CUDA."""
     n, m, query_ids, candidate_ids = len(pool.query), len(pool.candidates), pool.query_ids, pool.candidate_ids
-    if pooling not in POOLS:
-        raise ValueError(f"positives_pool must be one of {POOLS}, got {pooling!r}")
     if isinstance(positives, str):
         if positives != "ids":
             raise ValueError(f'positives must be (start, columns) or "ids", got {positives!r}')
@@ -402,6 +405,8 @@ def _check_positives(positives, pooling, pool: _Pool) -> None:
     if not isinstance(positives, tuple | list) or len(positives) != 2:
         raise ValueError(f'positives must be (start, columns) or "ids", got {positives!r}')
     start, col = positives
+    if not isinstance(start, Tensor) or not isinstance(col, Tensor) or col.ndim != 1:
+        raise ValueError(f"positives must be two tensors, [{n + 1}] and [P], got {positives!r}")
     check_vector("positives[0]", start, (n + 1,), col.device, torch.int64)
     check_vector("positives[1]", col, col.shape[:1], start.device, torch.int64)
     falls = (start[0] != 0) | (start[-1] != len(col)) | (start.diff() < 0).any()
@@ -458,7 +463,8 @@ class _Unit(torch.autograd.Function):
             long = norm[part].clamp(min=_Unit.LEAST_NORM)
             unit, wide = t[part].to(norm.dtype) / long, grad[part].to(norm.dtype)
             along = (wide * unit).sum(-1, keepdim=True).masked_fill(norm[part] < _Unit.LEAST_NORM, 0.0)
-            grad[part] = (wide - along * unit) / long
+            most = torch.finfo(grad.dtype).max  # which float16 reaches at a row of zeros
+            grad[part] = ((wide - along * unit) / long).clamp(-most, most)
         return grad
 
 

@@ -84,17 +84,22 @@ class MatryoshkaLoss(nn.Module):
 
     def __init__(self, loss: InfoNCELoss | SigmoidLoss, dims: Sequence[int], weights: Sequence[float] | None = None):
         super().__init__()
-        if not dims or min(dims) < 1:
+        dims = tuple(dims)
+        if not dims or not all(isinstance(d, int) and d >= 1 for d in dims):
             raise ValueError(f"dims must be lengths of at least 1, got {dims!r}")
         if weights is not None and len(weights) != len(dims):
             raise ValueError(f"weights must be as many as dims, {len(dims)}, got {len(weights)}")
-        if loss.options.get("return_stats"):
-            raise ValueError("loss must give one tensor, got one with return_stats")
-        self.loss, self.dims, self.weights = loss, dims, [1.0] * len(dims) if weights is None else weights
+        if not isinstance(loss, InfoNCELoss | SigmoidLoss) or {"return_stats", "hard_negatives"} & set(loss.options):
+            raise ValueError("loss must be an InfoNCELoss without return_stats and hard_negatives, or a SigmoidLoss")
+        self.loss, self.dims = loss, dims
+        self.weights = [1.0] * len(dims) if weights is None else [*weights]
 
     def forward(self, query: Tensor, candidates: Tensor, target: Tensor | None = None, **inputs: Any) -> Tensor:
-        if max(self.dims) > query.shape[-1]:
-            raise ValueError(f"dims must be at most the vectors' length {query.shape[-1]}, got {max(self.dims)}")
+        if query.shape[-1] != candidates.shape[-1] or max(self.dims) > query.shape[-1]:
+            lengths = f"{query.shape[-1]} and {candidates.shape[-1]}"
+            raise ValueError(f"want vectors of one length, at least {max(self.dims)} of dims, got {lengths}")
+        if "return_stats" in inputs:
+            raise ValueError("want no return_stats, got one: the losses of the prefixes are added")
         hard, losses = inputs.pop("hard_negatives", None), []
         for d in self.dims:
             more = inputs if hard is None else {**inputs, "hard_negatives": hard[..., :d]}

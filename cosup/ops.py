@@ -255,8 +255,8 @@ def _stats_context(ctx, inputs, output):
 def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, grad_column, *_):
     grads = (grad_nll, grad_lse, grad_entropy, grad_soft, grad_column)
     _once(*grads)
-    tensors = ctx.saved_tensors[:12]
-    nll, lse, entropy, soft_logit, col_nll, top, total, excess, col_excess, *known = ctx.saved_tensors[12:]
+    saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
+    tensors, (nll, lse, entropy, soft_logit, _, top, total, excess, col_excess, *known) = saved[:12], saved[12:]
     dx = dw = dbias = dx2 = dw2 = dscale = None
     if all(g is None for g in grads):
         return 26 * (None,)

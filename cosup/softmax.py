@@ -99,6 +99,6 @@ def _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, 
     divisor = b.sum()
     if label_smoothing:
         total, count = (total, count) if kept is None else (kept, kept)  # of columns that are not left out
-        soft, e = columns, label_smoothing / count.clamp(min=1) * weight
+        soft, e = columns, label_smoothing * weight / count.clamp(min=1)
         b, c = (1 - label_smoothing) * b, e * total
     return RowWeights(b, c, e, 2 * z_loss * weight if z_loss else None), soft, divisor

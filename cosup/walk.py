@@ -58,7 +58,7 @@ class Problem(NamedTuple):
     x2: Tensor | None = None  # [N, K], with w2 a second product, added to the first: logits x w^T + x2 w2^T
     w2: Tensor | None = None  # [M, K]
     margin: float = 0.0  # taken from the target's inner product
-    limit: Tensor | None = None  # [N], columns whose logit is above it are left out, the target excepted
+    limit: Tensor | None = None  # [N], columns are left out whose scaled inner product is above, the target excepted
     symmetric: bool = False  # whether statistics of the columns are asked too
     sigmoid: bool = False  # each pair's own loss: gradients need no statistic
     triangle: bool = False  # w is x: each pair of different rows is visited once, where its column is the later one
@@ -409,9 +409,9 @@ def _take(p: Problem, x: Tensor, r: slice) -> Tensor:
     return x[r]
 
 
-def _target_logits(p: Problem, plan: Plan) -> Tensor:
-    """Targets' logits before the sweep, for ranks when a target may stand in a later slab or on another rank, and for
-    limits of what is a negative; in the tile's room."""
+def _target_logits(p: Problem, plan: Plan, *, scaled_only: bool = False) -> Tensor:
+    """Targets' logits before the sweep, for ranks when a target may stand in a later slab or on another rank, and
+    without bias and softcap for limits of what is a negative; in the tile's room."""
     logits = torch.empty_like(p.target, dtype=p.scale.dtype)
     operands = [(p.x, p.w), *([(p.x2, p.w2)] if p.x2 is not None and p.w2 is not None else [])]
     d = max(1, sum(x.shape[1] for x, _ in operands))
@@ -424,9 +424,9 @@ def _target_logits(p: Problem, plan: Plan) -> Tensor:
             raised_r = product_RD.sum(1) + 4 * torch.finfo(p.scale.dtype).eps * product_RD.abs().sum(1)
             dot_r += raised_r if x.is_cuda or plan.merged_cols > 1 else raised_r.to(x.dtype)  # rounded as products are
         u_r = dot_r * p.scale
-        if p.bias is not None:
+        if p.bias is not None and not scaled_only:
             u_r += p.bias[target_r]
-        logits[r] = p.softcap * torch.tanh(u_r / p.softcap) if p.softcap else u_r
+        logits[r] = p.softcap * torch.tanh(u_r / p.softcap) if p.softcap and not scaled_only else u_r
     if p.shard is not None:
         logits.masked_fill_(~p.shard.holds(p.target, len(p.w)), 0.0)
         sum_over_ranks(logits, p.shard)
@@ -435,7 +435,7 @@ def _target_logits(p: Problem, plan: Plan) -> Tensor:
 
 def limited(p: Problem, plan: Plan, gap: float) -> Problem:
     """Columns whose inner product is above the target's by more than ``gap`` left out."""
-    return p._replace(limit=_target_logits(p, plan) + gap * p.scale)
+    return p._replace(limit=_target_logits(p, plan, scaled_only=True) + gap * p.scale)
 
 
 def best_positives(p: Problem, plan: Plan) -> Problem:

@@ -5,7 +5,7 @@ A tile holds raw inner products ``dot[r, s] = <x[r], w[col0 + s]>``. Its logits 
     u[r, s] = scale * dot[r, s] + bias[s]
     z[r, s] = softcap * tanh(u / softcap)      (z = u without a softcap)
     z[r, s] = z[r, s] - margin * scale         where col0 + s == target[r]; margin 0 with a softcap
-    z[r, s] = -inf                             elsewhere, if row_id[r] == col_id[s] or z[r, s] > limit[r]
+    z[r, s] = -inf                             elsewhere, if row_id[r] == col_id[s] or scale * dot[r, s] > limit[r]
 
 Shape suffixes: R rows of the tile, S columns of the tile. Row statistics are float32 (float64 for float64 tiles).
 Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867.
@@ -73,14 +73,13 @@ class ColumnState(NamedTuple):
 
 def logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R):
     """The logits of a tile and the mask of each row's target, as the file's opening says."""
-    u_RS = dot_RS.to(torch.promote_types(dot_RS.dtype, torch.float32)) * scale
-    if bias_S is not None:
-        u_RS = u_RS + bias_S
+    scaled_RS = dot_RS.to(torch.promote_types(dot_RS.dtype, torch.float32)) * scale
+    u_RS = scaled_RS if bias_S is None else scaled_RS + bias_S
     z_RS = softcap * torch.tanh(u_RS / softcap) if softcap else u_RS
     column_S = torch.arange(col0, col0 + dot_RS.shape[1], device=dot_RS.device)
     hit_RS = column_S == target_R[:, None]
     if limit_R is not None:
-        z_RS = z_RS.masked_fill((z_RS > limit_R[:, None]) & ~hit_RS, float("-inf"))
+        z_RS = z_RS.masked_fill((scaled_RS > limit_R[:, None]) & ~hit_RS, float("-inf"))
     if row_id_R is not None:
         z_RS = z_RS.masked_fill((col_id_S == row_id_R[:, None]) & ~hit_RS, float("-inf"))
     return (torch.where(hit_RS, z_RS - margin * scale, z_RS) if margin else z_RS), hit_RS

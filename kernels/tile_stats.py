@@ -47,7 +47,7 @@ def tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, limit_ptr, scale, mar
     u, chain = to_logits(dot, scale, bias, softcap, HAS_CAP)
     u = tl.where(s < S, u, float("-inf"))
     if HAS_LIMIT:
-        u = tl.where((u > tl.load(limit_ptr + row)) & (column != target), float("-inf"), u)
+        u = tl.where((dot * scale > tl.load(limit_ptr + row)) & (column != target), float("-inf"), u)
     if HAS_ID:
         same = tl.load(col_id_ptr + s, s < S, other=0) == tl.load(row_id_ptr + row)
         u = tl.where(same & (column != target), float("-inf"), u)
@@ -138,7 +138,7 @@ def _column_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_ptr, sc
         hit = (col0 + s)[None, :] == tl.load(target_ptr + r, r < R, other=-1)[:, None]
         if HAS_LIMIT:
             limit = tl.load(limit_ptr + r, r < R, other=0.0)
-            z = tl.where((z > limit[:, None]) & (hit == 0), float("-inf"), z)
+            z = tl.where((dot * scale > limit[:, None]) & (hit == 0), float("-inf"), z)
         if HAS_ID:
             row_id = tl.load(row_id_ptr + r, r < R, other=0)
             col_id = tl.load(col_id_ptr + s, s < S, other=0)

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_losses import DTYPES, check
+from torch.utils.checkpoint import checkpoint
 
 from cosup import info_nce, nn, ops
 from cosup.bench import peers
@@ -76,9 +77,7 @@ def formula(query, candidates, *, temperature, target, normalize=True, reduction
     if candidate_ids is not None:
         out |= candidate_ids == candidate_ids[target][:, None]
     if false_negative_margin is not None:
-        bias = 0 if candidate_bias is None else candidate_bias
-        raw = similarity / temperature + bias
-        out |= raw > raw[n, target][:, None] + false_negative_margin / temperature
+        out |= similarity > similarity[n, target][:, None] + false_negative_margin
     z = z.masked_fill(out & ~hit, float("-inf"))
     row = z
     if hard_negatives is not None:
@@ -375,10 +374,56 @@ def test_matryoshka(device):
         ((nn.InfoNCELoss(), ()), "dims must be lengths of at least 1"),
         ((nn.InfoNCELoss(), (8, 0)), "dims must be lengths of at least 1"),
         ((nn.InfoNCELoss(), (8, 16), (1.0,)), "weights must be as many as dims, 2, got 1"),
-        ((nn.InfoNCELoss(return_stats=True), (8,)), "loss must give one tensor"),
-        ((nn.InfoNCELoss(), (D + 1,)), f"dims must be at most the vectors' length {D}, got {D + 1}"),
+        ((nn.InfoNCELoss(return_stats=True), (8,)), "loss must be an InfoNCELoss without return_stats"),
+        ((info_nce, (8,)), "loss must be an InfoNCELoss without return_stats"),
+        ((nn.InfoNCELoss(), (D + 1,)), f"want vectors of one length, at least {D + 1} of dims, got {D} and {D}"),
     ],
 )
 def test_bad_matryoshka(arguments, message):
     with pytest.raises(ValueError, match=message):
         nn.MatryoshkaLoss(*arguments)(torch.randn(3, D), torch.randn(3, D))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("budget", [None, 1 << 20], ids=["one block", "blocks"])
+def test_symmetric_where_half_of_a_batch_has_no_weight(budget, dtype):
+    """A tile may have no row and no column with a weight."""
+    q, c = (torch.randn(2048, 32).to(dtype).requires_grad_() for _ in range(2))
+    weight = torch.ones(2048)
+    weight[1024:] = 0
+    for scale, w in ((1.0, weight), (0.0, None)):
+        loss = info_nce(q, c, symmetric=True, sample_weight=w, temperature=0.005, reduction="none", workspace_bytes=budget)
+        grads = torch.autograd.grad(scale * loss.sum(), (q, c))
+        assert all(g.isfinite().all() for g in grads)
+        assert not scale or grads[0][:1024].any(1).all()
+
+
+@pytest.mark.parametrize("option", [{}, {"query_negatives": True}, {"hard_negatives": torch.ones(3, 1, 8)}], ids=str)
+def test_no_weight_at_all(option):
+    q, c = torch.randn(3, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    loss = info_nce(q, c, sample_weight=torch.zeros(3), **option)
+    assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (q, c)))
+
+
+@pytest.mark.parametrize("option", [{}, {"reduction": "none"}, {"query_negatives": True}], ids=str)
+def test_inside_activation_checkpointing(option):
+    q, c = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    temperature = torch.tensor(0.2, requires_grad=True)
+
+    def loss(q, c, t):
+        return info_nce(q, c, temperature=t, **option).mean()
+
+    results = [torch.autograd.grad(value, (q, c, temperature)) for value in
+               (loss(q, c, temperature), checkpoint(loss, q, c, temperature, use_reentrant=False))]  # fmt: skip
+    torch.testing.assert_close(*results)
+
+
+def test_smoothing_keeps_the_digits_of_float64():
+    q, c = torch.randn(6, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
+    want = formula(q, c, temperature=0.05, target=torch.arange(6), label_smoothing=0.1)
+    torch.testing.assert_close(info_nce(q, c, label_smoothing=0.1), want, rtol=1e-14, atol=0)
+
+
+def test_a_row_of_zeros_in_float16():
+    q, c = torch.zeros(3, 8, dtype=torch.float16, requires_grad=True), torch.randn(5, 8).half().requires_grad_()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(info_nce(q, c), (q, c)))

@@ -157,6 +157,9 @@ BAD = [
     (dict(positives=LIST, target=torch.arange(3)), ValueError, "want target or positives, got both"),
     (dict(positives="labels"), ValueError, "positives must be .* got 'labels'"),
     (dict(positives=LIST[0]), ValueError, "positives must be"),
+    (dict(positives=([0, 1, 2, 3], [0, 1, 2])), ValueError, "positives must be two tensors"),
+    (dict(positives=LIST, candidates=torch.zeros(0, 8)), IndexError, r"positives\[1\] must be in \[0, 0\)"),
+    (dict(positives=(LIST[0] * 0, LIST[1][:0]), candidates=torch.zeros(0, 8)), ValueError, "candidates must have rows where there are 3 queries"),
     (dict(positives="ids", candidate_ids=torch.arange(5)), ValueError, 'positives "ids" wants query_ids and candidate_ids'),
     (dict(positives=LIST, candidate_ids=torch.arange(5)), ValueError, "want positives as lists or ids, got both"),
     (dict(positives=LIST, symmetric=True), ValueError, "want positives or one of symmetric"),
@@ -172,4 +175,4 @@ BAD = [
 @pytest.mark.parametrize("bad, error, message", BAD, ids=[m for *_, m in BAD])
 def test_bad_input(bad, error, message):
     with pytest.raises(error, match=message):
-        info_nce(torch.randn(3, 8), torch.randn(5, 8), **bad)
+        info_nce(**({"query": torch.randn(3, 8), "candidates": torch.randn(5, 8)} | bad))

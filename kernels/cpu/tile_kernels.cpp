@@ -116,7 +116,7 @@ inline void run_logits(const float* dot, int64_t first, int64_t n, const Feature
   if (row.limit) {
     const float limit = *row.limit;
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) z[j] = z[j] > limit ? -INF : z[j];
+    for (int64_t j = 0; j < n; ++j) z[j] = dot[first + j] * scale > limit ? -INF : z[j];
   }
   if (row.id) {
     const int64_t id = *row.id;
@@ -217,7 +217,10 @@ void grad_row(const float* dot, float* out, int64_t S, int64_t own, const Featur
       const float base = columns.base, *scaled = columns.scaled + first;
       const float of_row = a == 0.f ? 0.f : float(a * std::exp(double(base) - shift));
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) c[j] = fast_exp(z[j] - base) * (of_row + scaled[j]);
+      for (int64_t j = 0; j < n; ++j) {  // where neither has a weight z may be far above the base
+        const float factor = of_row + scaled[j];
+        c[j] = factor == 0.f ? 0.f : fast_exp(z[j] - base) * factor;
+      }
     } else {
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
@@ -386,7 +389,7 @@ EXPORT void NAME(cosup_tile_grad, ISA)(const float* dot, float* out, int64_t R, 
   std::vector<float> scaled;
   if (col_a && !h) {
     const auto [low, high] = span(shift, a, R, col_shift, col_a, S);
-    if (high - low <= SPAN) {
+    if (low <= high && high - low <= SPAN) {  // not so if nothing has a weight
       scaled.resize(S);
       for (int64_t j = 0; j < S; ++j) scaled[j] = col_a[j] == 0.f ? 0.f : float(col_a[j] * std::exp(double(high) - col_shift[j]));
       columns.scaled = scaled.data();

@@ -39,7 +39,7 @@ from cosup.walk import cost, default_workspace, resolve, tile_kernels
 
 
 def model(n: int, m: int, d: int, world: int, item: int, layout: str, symmetric: bool) -> tuple[float, float]:
-    """FLOP, and bytes that come in, of a rank's step with n queries and m candidates of its own; n of them square."""
+    """FLOP, and bytes that come in, of a rank's step with n queries and m candidates of its own."""
     sweeps = 4 if layout == "ring" or (symmetric and world > 1) else 3
     flop = sweeps * 2.0 * n * m * world * d
     others = world - 1

@@ -480,7 +480,9 @@ def _others_alike(x: Tensor, ids: Tensor | None, *, scale: Tensor, workspace_byt
                   backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same where rows and columns are one: each pair is multiplied once, for both of its rows."""
     need = torch.is_grad_enabled() and x.requires_grad
-    lse, entropy, *_ = ops.lse_of_others(x, scale, ids, need, workspace_bytes, resolve(backend, x))
+    backend = resolve(backend, x)
+    backend = "triton" if backend == "fused" else backend  # columns' statistics need the tile
+    lse, entropy, *_ = ops.lse_of_others(x, scale, ids, need, workspace_bytes, backend)
     return lse[:, None], entropy.nan_to_num(0.0)[:, None]
 
 

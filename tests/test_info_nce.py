@@ -427,3 +427,10 @@ def test_smoothing_keeps_the_digits_of_float64():
 def test_a_row_of_zeros_in_float16():
     q, c = torch.zeros(3, 8, dtype=torch.float16, requires_grad=True), torch.randn(5, 8).half().requires_grad_()
     assert all(g.isfinite().all() for g in torch.autograd.grad(info_nce(q, c), (q, c)))
+
+
+def test_fused_statistics_are_not_for_triangles(device):
+    query, candidates, target = (t if t.dtype == torch.int64 else t.half() for t in problem(torch.float32, device))
+    options = {"query_negatives": True, "temperature": 0.3}
+    values = [info_nce(query, candidates, target, backend=name, **options) for name in ("fused", "reference")]
+    torch.testing.assert_close(*values, rtol=1e-3, atol=1e-3)

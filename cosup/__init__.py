@@ -11,6 +11,7 @@ from cosup.softmax import RowStats
 if TYPE_CHECKING:
     from cosup.index import SequenceIndex
     from cosup.model import GenCtxConfig, GenCtxModel
+    from cosup.patching import patch, unpatch
     from cosup.train import CoSupConfig, CoSupTrainer
 
 __version__ = "0.1.0"
@@ -27,7 +28,9 @@ __all__ = [
     "linear_cross_entropy",
     "linear_log_prob",
     "nn",
+    "patch",
     "sigmoid_loss",
+    "unpatch",
 ]
 
 # What needs transformers or FAISS is imported when it is first asked for: the losses alone need neither.
@@ -37,6 +40,8 @@ _LATER = {
     "CoSupConfig": "train",
     "CoSupTrainer": "train",
     "SequenceIndex": "index",
+    "patch": "patching",
+    "unpatch": "patching",
 }
 
 

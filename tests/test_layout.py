@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "contrastive": {"walk", "ops", "distributed", "positives", "checks", "softmax"},
     "losses": {"distributed", "checks", "softmax", "contrastive"},
     "nn": {"losses", "contrastive"},
+    "patching": {"losses", "softmax"},
     "gradcache": set(),
     "tokens": set(),
     "data": {"data", "tokens"},

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 MODES = ("joint", "ntp", "nsp")
+LowRank = tuple[Tensor, Tensor, float] | tuple[Tensor, Tensor]
 
 
 class CoSupervisionOutput(NamedTuple):
@@ -37,7 +38,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
                          weight: Tensor | None = None, reduction: str = "mean", ignore_index: int = -100,
                          label_smoothing: float = 0.0, z_loss: float = 0.0, logit_scale: float = 1.0,
                          logit_softcap: float | None = None, token_weight: Tensor | None = None, shift: int = 0,
-                         lora: tuple[Tensor, Tensor, float] | None = None, return_stats: bool = False,
+                         lora: LowRank | None = None, return_stats: bool = False,
                          process_group: ProcessGroup | None = None, batch_invariant: bool = False,
                          workspace_bytes: int | None = None, backend: str = "auto",
                          ) -> Tensor | tuple[Tensor, RowStats]:  # fmt: skip
@@ -66,7 +67,8 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         shift: The row at t predicts ``target[..., t + shift]``: 1 for a causal model's labels, without a copy of
             ``input``. The last ``shift`` rows are ignored.
         lora: (A [r, D], B [V, r], scaling) of an adapted head, z += scaling * (input @ A.T) @ B.T, never merged. With
-            ``linear_weight`` frozen only A and B are trained. B is of this rank where there is a ``process_group``.
+            ``linear_weight`` frozen only A and B are trained. Or (h [..., r], B), z += h @ B.T, where h is made of the
+            input otherwise, as with dropout. B is of this rank where there is a ``process_group``.
         return_stats: Also return :class:`RowStats`, from the same pass.
         process_group: The head's rows are split among its ranks, in rank order, evenly or not: ``linear_weight``,
             ``linear_bias`` and ``weight`` are the part of this rank; the rest is alike on all, ``target`` among all V.
@@ -120,7 +122,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
 def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
                     temperature: float = 1.0, ignore_index: int = -100, logit_scale: float = 1.0,
                     logit_softcap: float | None = None, shift: int = 0,
-                    lora: tuple[Tensor, Tensor, float] | None = None, process_group: ProcessGroup | None = None,
+                    lora: LowRank | None = None, process_group: ProcessGroup | None = None,
                     batch_invariant: bool = False, workspace_bytes: int | None = None,
                     backend: str = "auto") -> RowStats:  # fmt: skip
     """Log-probability of each target under a linear layer's softmax, and its entropy: both with gradients.
@@ -263,15 +265,25 @@ def _head(input, linear_weight, target, linear_bias, lora, logit_scale, logit_so
     x = input.flatten(0, -2) if input.ndim > 1 else input[None]
     low_rank = None
     if lora is not None:
-        want = f"lora must be (A [r, {x.shape[1]}], B [{len(linear_weight)}, r], finite scaling) on {x.device}"
-        if not isinstance(lora, tuple | list) or len(lora) != 3:
-            raise ValueError(f"{want}, got {lora!r}")
-        a, b, factor = lora
-        matrices = all(isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point() for t in (a, b))
-        if not (matrices and isinstance(factor, float | int) and abs(factor) < float("inf")):
-            raise ValueError(f"{want}, got {lora!r}")
-        if (a.shape[1], *b.shape) != (x.shape[1], len(linear_weight), a.shape[0]) or {a.device, b.device} != {x.device}:
-            raise ValueError(f"{want}, got A {[*a.shape]} on {a.device} and B {[*b.shape]} on {b.device}")
-        ignored = (target == ignore_index).reshape(-1, 1)  # such a row may hold anything
-        low_rank = (factor * (x.masked_fill(ignored, 0.0) @ a.to(x.dtype).mT), b.to(x.dtype))
+        low_rank = _low_rank(lora, input.shape, x, linear_weight, (target == ignore_index).reshape(-1, 1))
     return _Head(x, linear_weight, target.reshape(-1), scale, bias, logit_softcap or 0.0, low_rank)
+
+
+def _low_rank(lora, shape: torch.Size, x: Tensor, w: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
+    """An adapter as the rows [N, r] and columns [V, r] of a second product. An ignored row [N, 1] may hold anything."""
+    want = f"lora must be (A [r, {x.shape[1]}], B [{len(w)}, r], finite scaling) on {x.device}, or (h [..., r], B)"
+    if not isinstance(lora, tuple | list) or len(lora) not in (2, 3):
+        raise ValueError(f"{want}, got {lora!r}")
+    first, b, *factor = lora
+    tensors = all(isinstance(t, Tensor) and t.is_floating_point() for t in (first, b))
+    if not (tensors and all(isinstance(f, float | int) and abs(f) < float("inf") for f in factor)):
+        raise ValueError(f"{want}, got {lora!r}")
+    rank = first.shape[0] if factor else first.shape[-1]
+    wanted = ((rank, x.shape[1]) if factor else (*shape[:-1], rank)), (len(w), rank)
+    if (first.shape, b.shape) != wanted or {first.device, b.device} != {x.device}:
+        got = f"{[*first.shape]} on {first.device} and B {[*b.shape]} on {b.device}"
+        raise ValueError(f"{want}, got {'A' if factor else 'h'} {got}")
+    first, b = first.to(x.dtype), b.to(x.dtype)
+    if factor:
+        return factor[0] * (x.masked_fill(ignored, 0.0) @ first.mT), b
+    return first.reshape(len(x), rank).masked_fill(ignored, 0.0), b

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
@@ -127,14 +128,12 @@ def _causal(model: Any) -> Any:
 
 
 def _linear_parts(head: Any, name: str) -> list[nn.Module]:
-    """The modules that stand for a head: itself, or those that PEFT holds for it."""
-    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        return [part for held in (head.original_module, *head.modules_to_save.values())
-                for part in _linear_parts(held, name)]  # fmt: skip
-    if not (hasattr(head, "lora_A") and isinstance(head.base_layer, nn.Linear)):
-        if type(head).forward is not nn.Linear.forward:
-            raise ValueError(f"model: wanted a linear layer as head, got the {type(head).__name__} of {name}")
-    return [head]
+    """The linear layers onto the vocabulary: the head itself or, within PEFT's, its base, its copies and adapters."""
+    parts = [part for part in head.modules() if type(part).forward is nn.Linear.forward]
+    parts = [part for part in parts if part.weight.shape[0] == head.weight.shape[0]]
+    if not parts:
+        raise ValueError(f"model: wanted a linear layer as head, got the {type(head).__name__} of {name}")
+    return parts
 
 
 def _try(model: nn.Module) -> None:
@@ -228,15 +227,24 @@ class _Refused(ValueError, AttributeError):
 
 
 class DeferredLogits:
-    """Logits [..., V] that are not made: what the head was given, [..., D], and what was done to its output since."""
+    """Logits [..., V] that are not made: what the head was given, [..., D], and what was done to its output since.
 
-    def __init__(self, hidden: Tensor, head: Any, dtype: torch.dtype, scale: float = 1.0,
-                 cap: float | None = None, width: int | None = None):  # fmt: skip
-        self.hidden, self.head, self.dtype = hidden, head, dtype
-        self.scale, self.cap, self.width = scale, cap, width  # width: only the first of V columns are kept
+        z = scale * (head(hidden) + sum of factor * head(hidden) of what was added),  or cap * tanh(that)
+
+    ``width``: only the first of V columns were kept.
+    """
+
+    def __init__(self, hidden: Tensor, head: Any, dtype: torch.dtype, added: tuple[tuple[Tensor, Any, float], ...] = (),
+                 scale: float = 1.0, cap: float | None = None, width: int | None = None):  # fmt: skip
+        self.hidden, self.head, self.dtype, self.added = hidden, head, dtype, added
+        self.scale, self.cap, self.width = scale, cap, width
 
     def _with(self, **changes: Any) -> DeferredLogits:
         return DeferredLogits(**{**vars(self), **changes})
+
+    def _with_rows(self, change: Callable[[Tensor], Tensor], **changes: Any) -> DeferredLogits:
+        added = tuple((change(hidden), head, factor) for hidden, head, factor in self.added)
+        return self._with(hidden=change(self.hidden), added=added, **changes)
 
     def _refuse(self, does: str) -> NoReturn:
         raise _Refused(self.head._cosup.name, f"does {does} with them")
@@ -253,7 +261,7 @@ class DeferredLogits:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size([*self.hidden.shape[:-1], self.width or _linear(self.head).weight.shape[0]])
+        return torch.Size([*self.hidden.shape[:-1], self.width or self.head.weight.shape[0]])
 
     def dim(self) -> int:
         return self.ndim
@@ -269,13 +277,13 @@ class DeferredLogits:
 
     def to(self, *args, **kwargs) -> DeferredLogits:
         like = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
-        return self._with(dtype=like.dtype, hidden=self.hidden.to(like.device))
+        return self._with_rows(lambda hidden: hidden.to(like.device), dtype=like.dtype)
 
     def view(self, *shape) -> DeferredLogits:
         *rows, last = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        if last not in (-1, self.shape[-1]) or (last == -1 and -1 in rows):
-            self._refuse(f"view{shape}")
-        return self._with(hidden=self.hidden.reshape(*rows, self.hidden.shape[-1]))
+        if last != self.shape[-1] and (last != -1 or math.prod(rows) != math.prod(self.shape[:-1])):
+            self._refuse("a view with columns of two rows in one")
+        return self._with_rows(lambda hidden: hidden.reshape(*rows, hidden.shape[-1]))
 
     reshape = view
 
@@ -284,11 +292,11 @@ class DeferredLogits:
         taken = sum(part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else part is not None
                     for part in (*rows, last) if part is not ...)  # fmt: skip
         if last is ... or (taken < self.ndim and not any(part is ... for part in rows)):  # columns are not touched
-            return self._with(hidden=self.hidden[index])
+            return self._with_rows(lambda hidden: hidden[index])
         if not isinstance(last, slice) or last.start not in (None, 0) or last.step not in (None, 1):
-            self._refuse(f"[{index}]")
+            self._refuse("a choice of columns other than the first ones")
         width = len(range(self.shape[-1])[last])
-        return self._with(hidden=self.hidden[(*rows, slice(None))], width=width)
+        return self._with_rows(lambda hidden: hidden[(*rows, slice(None))], width=width)
 
     # what changes them in a way that the loss has too
 
@@ -315,11 +323,14 @@ class DeferredLogits:
                       label_smoothing=0.0) -> Tensor:  # fmt: skip
         if size_average is not None or reduce is not None or self.ndim > 2 or target.is_floating_point():
             self._refuse("a cross entropy of another form than [N, V] with targets [N]")
-        state, linear, lora = self.head._cosup, _linear(self.head), _lora(self.head)
-        w, bias = linear.weight, linear.bias
-        if self.width is not None:
-            w, bias = w[: self.width], None if bias is None else bias[: self.width]
-            lora = None if lora is None else (lora[0], lora[1][: self.width], lora[2])
+        w, bias = self.head.weight[: self.width], _bias(self.head, self.width)
+        for _, head, factor in self.added:
+            if head.bias is not None:
+                bias = factor * _bias(head, self.width) + (0 if bias is None else bias)
+        state, lora = self.head._cosup, None
+        if self.added:
+            h = torch.cat([factor * hidden for hidden, _, factor in self.added], dim=-1)
+            lora = (h.to(w.device), torch.cat([head.weight[: self.width] for _, head, _ in self.added], dim=1))
         loss = linear_cross_entropy(
             self.hidden.to(w.device), w, target, linear_bias=bias, weight=weight, reduction=reduction,
             ignore_index=ignore_index, label_smoothing=label_smoothing,
@@ -331,10 +342,17 @@ class DeferredLogits:
         state.losses += 1
         return loss if torch.is_autocast_enabled(self.device.type) else loss.to(self.dtype)
 
-    def __add__(self, other):
-        self._refuse("a sum")
+    def __add__(self, other) -> DeferredLogits:
+        """A head and its adapter's part, as PEFT adds them."""
+        if not isinstance(other, DeferredLogits) or other.added or (self.cap, self.width, other.cap) != (None,) * 3:
+            self._refuse("a sum with something else")
+        part = (other.hidden, other.head, other.scale / self.scale)
+        return self._with(added=(*self.added, part), dtype=torch.promote_types(self.dtype, other.dtype))
 
-    __radd__ = __sub__ = __rsub__ = __add__
+    def __radd__(self, other):
+        self._refuse("a sum with something else")
+
+    __sub__ = __rsub__ = __radd__
 
     def __setitem__(self, index, value):
         self._refuse("an assignment")
@@ -354,22 +372,5 @@ class DeferredLogits:
         self._refuse(name)
 
 
-def _linear(head: Any) -> Any:
-    return head.base_layer if hasattr(head, "lora_A") else head
-
-
-def _lora(head: Any) -> tuple[Tensor, Tensor, float] | None:
-    """(A [r, D], B [V, r], 1.0) of PEFT's active adapters of a head, one below another."""
-    if not hasattr(head, "lora_A") or head.disable_adapters or head.merged:
-        return None
-    active = [name for name in head.active_adapters if name in head.lora_A]
-    for name in active:
-        dropout = head.lora_dropout[name]
-        if name in head.lora_variant or (isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training):
-            raise _Refused(head._cosup.name, "has an adapter on its head with dropout or of another form than LoRA")
-        if head.lora_B[name].bias is not None:
-            raise _Refused(head._cosup.name, "has an adapter with a bias on its head")
-    if not active:
-        return None
-    a = torch.cat([head.lora_A[name].weight for name in active])
-    return a, torch.cat([head.lora_B[name].weight * head.scaling[name] for name in active], dim=1), 1.0
+def _bias(head: Any, width: int | None) -> Any:
+    return None if head.bias is None else head.bias[:width]

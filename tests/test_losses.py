@@ -249,6 +249,18 @@ def test_error_of_an_adapted_head(frozen, reduction, strategy, dtype, device):
           (x, a, b) if frozen else (x, a, b, w))  # fmt: skip
 
 
+def test_an_adapter_by_its_hidden_state():
+    x, a, b, w = (torch.randn(*size, requires_grad=True) for size in ((3, 7, 33), (4, 33), (130, 4), (130, 33)))
+    target = torch.randint(130, (3, 7))
+    target[1] = -100
+    results = []
+    for lora in ((a, b, 0.3), (0.3 * (x @ a.mT), b)):
+        loss = linear_cross_entropy(x, w, target, lora=lora, shift=1)
+        results.append((loss, *torch.autograd.grad(loss, (x, a, b, w))))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batch_invariant_rows(dtype, device, monkeypatch):
     """A row's statistics and gradient have the same bits alone, in any batch, at any place, with neighbours ignored."""
@@ -632,6 +644,7 @@ BAD_LINEAR = [
     (dict(input=X[0], target=T[0], shift=1), r"input must be \[..., T, D\] with a shift, got \[3\]"),
     (dict(lora=(torch.ones(2, 3), torch.ones(4, 2), 1.0)), r"lora must be \(A \[r, 3\], B \[5, r\], .*B \[4, 2\]"),
     (dict(lora=(W[:2], torch.ones(5, 2), float("nan"))), r"(?s)lora must be .* finite scaling\) .*, got .*nan\)"),
+    (dict(lora=(torch.ones(3, 2), torch.ones(5, 2))), r"or \(h \[\.\.\., r\], B\), got h \[3, 2\]"),
     (dict(lora=(1, 2, 3)), r"lora must be .*, got \(1, 2, 3\)"),
     (dict(lora=5), "lora must be .*, got 5"),
     (dict(logit_scale=torch.ones(())), r"logit_scale must be a number, .*, got tensor\(1.\)"),

@@ -20,16 +20,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from cosup.losses import linear_cross_entropy
+from cosup.losses import linear_cross_entropy, linear_log_prob
 from cosup.softmax import RowStats
 
+ReturnStats = bool | Literal["differentiable"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -41,7 +42,9 @@ def patch(model: Model) -> Model:
 
         return_logits   True: as before, in training too; False: no logits, in evaluation too
         return_stats    True: ``outputs.stats`` is a :class:`cosup.RowStats` of the loss's rows, [B, T], from the same
-                        pass: the row at t is of the target at t + 1, and zeros stand where there is none
+                        pass: the row at t is of the target at t + 1, and zeros stand where there is none.
+                        "differentiable": with gradients of ``log_prob``, ``nll``, ``lse`` and ``entropy``, for losses
+                        of one's own, as of :func:`cosup.linear_log_prob`
 
     A batch without any target has loss 0, where it had NaN.
 
@@ -96,7 +99,7 @@ class _State:
 
     name: str
     deferring: bool = False
-    return_stats: bool = False
+    return_stats: ReturnStats = False
     losses: int = 0  # made from deferred logits in this call
     stats: RowStats | None = None
     forwards: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)  # module, ours, the one before on it
@@ -167,11 +170,13 @@ def _model_forward(model: nn.Module) -> Callable:
     position = [*inspect.signature(model.forward).parameters].index("labels")
 
     @functools.wraps(original)  # whoever reads the signature sees the model's own
-    def forward(self, *args, return_logits: bool | None = None, return_stats: bool = False, **kwargs):
+    def forward(self, *args, return_logits: bool | None = None, return_stats: ReturnStats = False, **kwargs):
         state = self._cosup
         labels = args[position] if len(args) > position else kwargs.get("labels")
         if return_logits is None:
             return_logits = not self.training
+        if return_stats not in (False, True, "differentiable"):
+            raise ValueError(f'return_stats: wanted True, False or "differentiable", got {return_stats!r}')
         if labels is None or return_logits:
             if return_stats:
                 raise ValueError("return_stats: wanted labels and return_logits=False with it, got none")
@@ -331,14 +336,22 @@ class DeferredLogits:
         if self.added:
             h = torch.cat([factor * hidden for hidden, _, factor in self.added], dim=-1)
             lora = (h.to(w.device), torch.cat([head.weight[: self.width] for _, head, _ in self.added], dim=1))
-        loss = linear_cross_entropy(
-            self.hidden.to(w.device), w, target, linear_bias=bias, weight=weight, reduction=reduction,
-            ignore_index=ignore_index, label_smoothing=label_smoothing,
-            logit_scale=self.scale if self.cap is None else self.scale * self.cap, logit_softcap=self.cap, lora=lora,
-            return_stats=state.return_stats,
-        )  # fmt: skip
-        if isinstance(loss, tuple):
-            loss, state.stats = loss
+        x = self.hidden.to(w.device)
+        scale = self.scale if self.cap is None else self.scale * self.cap
+        same = {"linear_bias": bias, "ignore_index": ignore_index, "logit_scale": scale, "logit_softcap": self.cap,
+                "lora": lora}  # fmt: skip
+        if state.return_stats == "differentiable":
+            if weight is not None or label_smoothing:
+                raise ValueError("return_stats: wanted no class weights and no label smoothing beside it, got them")
+            state.stats = linear_log_prob(x, w, target, **same)
+            loss = state.stats.nll
+            if reduction != "none":
+                loss = loss.sum() / ((target != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1)
+        else:
+            loss = linear_cross_entropy(x, w, target, weight=weight, reduction=reduction,
+                                        label_smoothing=label_smoothing, return_stats=state.return_stats, **same)
+            if isinstance(loss, tuple):
+                loss, state.stats = loss
         state.losses += 1
         return loss if torch.is_autocast_enabled(self.device.type) else loss.to(self.dtype)
 

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "losses": {"distributed", "checks", "softmax", "contrastive"},
     "nn": {"losses", "contrastive"},
     "patching": {"losses", "softmax"},
+    "integrations": {"patching", "contrastive", "gradcache", "distributed"},
     "gradcache": set(),
     "tokens": set(),
     "data": {"data", "tokens"},
@@ -36,11 +37,13 @@ MAY_IMPORT = {
     "pools": {"data", "index", "model", "train", "evaluate", "demo"},
     "cli": {"data", "index", "model", "train", "evaluate", "tokens", "generate", "demo", "pools", "doctor", "bench"},
 }
-FILES = [*ROOT.glob("kernels/*.py"), *ROOT.glob("cosup/[!_]*.py"), *ROOT.glob("cosup/data/*.py")]
+FOLDERS = ("data", "integrations")
+FILES = [*ROOT.glob("kernels/*.py"), *ROOT.glob("cosup/[!_]*.py")]
+FILES += [path for folder in FOLDERS for path in ROOT.glob(f"cosup/{folder}/*.py")]
 
 
 def room(path: Path) -> str:
-    return path.parent.name if path.parent.name in ("kernels", "data") else path.stem
+    return path.parent.name if path.parent.name in ("kernels", *FOLDERS) else path.stem
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -453,6 +453,66 @@ def test_the_trial_leaves_no_trace():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_differentiable_stats():
+    """A loss of one's own over log-probabilities and entropies, as of policy gradients."""
+    model, inputs = model_of("soft cap"), batch()
+    target, advantage = inputs["labels"][:, 1:], torch.randn(3, 10)
+    counts = target != -100
+
+    def loss_of(log_p, entropy):
+        return (counts * (advantage * log_p.exp() - 0.1 * entropy)).sum()
+
+    log_p = model(**inputs).logits[:, :-1].log_softmax(-1)
+    wanted = loss_of(log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1))
+    grads = torch.autograd.grad(wanted, [*model.parameters()])
+    outputs = cosup.patch(model)(**inputs, return_stats="differentiable")
+    torch.testing.assert_close(outputs.loss, model(**inputs).loss)
+    ours = loss_of(outputs.stats.log_prob[:, :10], outputs.stats.entropy[:, :10])
+    torch.testing.assert_close(ours, wanted)
+    for grad, other in zip(torch.autograd.grad(ours, [*model.parameters()]), grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="return_stats.*'all'"):
+        model(**inputs, return_stats="all")
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        ids = batch(16, 9)["input_ids"][i]
+        return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(9) < i % 5, -100)}
+
+
+def test_trained_by_the_trainer_of_transformers(tmp_path):
+    """Accumulation counts targets over batches; evaluation has its logits; the saved model is the plain one."""
+
+    def train(model):
+        torch.manual_seed(0)
+        args = transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=5, logging_steps=1,
+            learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model, args, train_dataset=Rows(), eval_dataset=Rows(),
+            compute_metrics=lambda seen: {"mean": seen.predictions[0].mean()} if isinstance(seen.predictions, tuple)
+            else {"mean": seen.predictions.mean()},
+        )  # fmt: skip
+        trainer.train()
+        found = trainer.evaluate()
+        unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row], found, unwrapped
+
+    losses, found, _ = train(model_of("plain"))
+    model = cosup.patch(model_of("plain"))
+    ours, our_found, unwrapped = train(model)
+    assert unwrapped is model
+    assert ours == pytest.approx(losses, rel=1e-4)
+    assert our_found["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-4)
+    assert our_found["eval_mean"] == pytest.approx(found["eval_mean"], rel=1e-2)
+    assert "forward" not in vars(cosup.unpatch(model))
+
+
 def test_no_targets():
     """PyTorch's mean of nothing is NaN; here it is 0, with gradients of 0."""
     inputs = batch()

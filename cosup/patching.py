@@ -328,6 +328,9 @@ class DeferredLogits:
                       label_smoothing=0.0) -> Tensor:  # fmt: skip
         if size_average is not None or reduce is not None or self.ndim > 2 or target.is_floating_point():
             self._refuse("a cross entropy of another form than [N, V] with targets [N]")
+        if hasattr(self.head.weight, "full_tensor") or not self.head.weight.numel():
+            want = f"model: wanted the head of {self.head._cosup.name} whole at the loss, got a part"
+            raise ValueError(f"{want}; shard it with the model, or fully_shard(head, reshard_after_forward=False)")
         w, bias = self.head.weight[: self.width], _bias(self.head, self.width)
         for _, head, factor in self.added:
             if head.bias is not None:

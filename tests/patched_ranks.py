@@ -1,0 +1,115 @@
+"""What test_patching_ranks.py trains: in one process by a call, in several as a script, which writes what came out.
+
+torchrun --nproc-per-node 2 tests/patched_ranks.py FOLDER      FOLDER/NAME.RANK for each run below
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
+
+import cosup
+from tiny import VOCABULARY, tiny_gen
+
+STEPS = 3
+
+
+def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four rows of nine tokens, of all ranks; as many targets in each pair, so that means of means are means."""
+    ids = torch.randint(1, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(step))
+    return ids, ids.masked_fill(torch.arange(9) < torch.tensor([[3], [0], [2], [2]]), -100)
+
+
+def steps(model, of: slice) -> list[float]:
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for step in range(STEPS):
+        ids, labels = (part[of] for part in rows(step))
+        optimizer.zero_grad()
+        outputs = model(input_ids=ids, labels=labels)
+        assert outputs.logits is None
+        outputs.loss.backward()
+        optimizer.step()
+        losses.append(outputs.loss.item())
+    return losses
+
+
+def alone(tied: bool) -> tuple[list[float], dict]:
+    model = cosup.patch(tiny_gen(tied=tied).train())
+    return steps(model, slice(None)), model.state_dict()
+
+
+def sharded(model, head_too: bool = False, keep: bool = False):
+    """As recipes do it: every layer, then what is left, the head with it."""
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if head_too:
+        fully_shard(model.lm_head, reshard_after_forward=not keep)
+    return fully_shard(model)
+
+
+def fsdp(folder: Path, of: slice, tied: bool):
+    model = sharded(cosup.patch(tiny_gen(tied=tied).train()))
+    losses = steps(model, of)
+    checkpoint.save({"model": get_model_state_dict(model)}, checkpoint_id=folder / f"checkpoint{tied}")
+    again = sharded(cosup.patch(tiny_gen(seed=5, tied=tied).train()))
+    state = {"model": get_model_state_dict(again)}
+    checkpoint.load(state, checkpoint_id=folder / f"checkpoint{tied}")
+    set_model_state_dict(again, state["model"])
+    whole = get_model_state_dict(again, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        LlamaForCausalLM(again.config).save_pretrained(folder / f"plain{tied}", state_dict=whole)
+    return losses
+
+
+def fsdp_after(folder: Path, of: slice):
+    """Sharded first, then patched: nothing is run, for its weights are not whole here."""
+    return steps(cosup.patch(sharded(tiny_gen().train())), of)
+
+
+def ddp(folder: Path, of: slice):
+    return steps(DistributedDataParallel(cosup.patch(tiny_gen().train())), of)
+
+
+def head_kept(folder: Path, of: slice):
+    """A head of its own that stays gathered until the backward."""
+    return steps(sharded(cosup.patch(tiny_gen().train()), head_too=True, keep=True), of)
+
+
+def head_of_its_own(folder: Path, of: slice):
+    """A head that is gathered and given back by itself, before the loss: an error says what to do."""
+    try:
+        return steps(sharded(cosup.patch(tiny_gen().train()), head_too=True), of)
+    except ValueError as error:
+        return str(error)
+
+
+RUNS = {
+    "fsdp": lambda folder, of: fsdp(folder, of, tied=False),
+    "fsdp tied": lambda folder, of: fsdp(folder, of, tied=True),
+    "fsdp after": fsdp_after,
+    "ddp": ddp,
+    "head kept": head_kept,
+    "head": head_of_its_own,
+}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for name, run in RUNS.items():
+        torch.save(run(folder, slice(2 * rank, 2 * rank + 2)), folder / f"{name}.{rank}")
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo may abort a process at its end
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

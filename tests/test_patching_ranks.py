@@ -1,0 +1,51 @@
+"""A patched model trains over processes as in one: DistributedDataParallel, FSDP2, distributed checkpoints."""
+
+import os
+import subprocess
+import sys
+
+import patched_ranks
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tiny import tiny_gen
+
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("patched")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    process = subprocess.run(
+        [*command, patched_ranks.__file__, str(folder)], capture_output=True, text=True, timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout + process.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp tied", "fsdp after", "head kept"])
+def test_losses_of_ranks_are_those_of_one_process(name, folder):
+    """Of three steps with AdamW: the third sees what the gradients of two did."""
+    wanted, _ = patched_ranks.alone("tied" in name)
+    losses = [torch.load(folder / f"{name}.{rank}") for rank in range(WORLD)]
+    targets = [[(labels[rows, 1:] != -100).sum().item() for rows in (slice(2), slice(2, 4))]
+               for _, labels in map(patched_ranks.rows, range(patched_ranks.STEPS))]  # fmt: skip
+    assert all(first == second for first, second in targets)
+    assert [sum(step) / WORLD for step in zip(*losses, strict=True)] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_distributed_checkpoint_becomes_a_plain_folder(tied, folder):
+    _, wanted = patched_ranks.alone(tied)
+    model = LlamaForCausalLM.from_pretrained(folder / f"plain{tied}")
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, wanted[name], rtol=0, atol=1e-4)
+    assert not torch.allclose(model.lm_head.weight, tiny_gen(tied=tied).lm_head.weight, atol=1e-3)
+
+
+def test_a_head_that_is_given_back_before_the_loss(folder):
+    for rank in range(WORLD):
+        assert "reshard_after_forward=False" in torch.load(folder / f"head.{rank}")

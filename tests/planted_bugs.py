@@ -36,6 +36,7 @@ LOSSES, OPS, TILES = "tests/test_losses.py", "tests/test_ops.py", "tests/test_ti
 DISTRIBUTED, NCE = "tests/test_distributed.py", "tests/test_info_nce.py"
 NATIVE, STATS, GRAD = "kernels/cpu/tile_kernels.cpp", "kernels/tile_stats.py", "kernels/tile_grad.py"
 FUSED = "kernels/product_stats.py"
+PATCHING, PATCH = "cosup/patching.py", "tests/test_patching.py"
 PAIRS, SIGMOID = "tests/test_sigmoid.py", "kernels/tile_sigmoid.py"
 BUGS = [
     Bug("loss: log-sum-exp rounds first", "kernels/reference.py", "self.sum.log() + (self.max - self.target)",
@@ -76,7 +77,7 @@ BUGS = [
         LOSSES + " -k top1_hardly"),
     Bug("memory: the PyTorch kernels' tiles", "cosup/walk.py", "REFERENCE_COPIES = 9", "REFERENCE_COPIES = 6", OPS + " -k reference_path"),
     Bug("oneDNN: sums in one chain", "cosup/gemm.py", "CHAIN = 256", "CHAIN = 1 << 20", "tests/test_gemm.py"),
-    Bug("LoRA: without its scaling", "cosup/losses.py", "low_rank = (factor * (x.masked", "low_rank = (1.0 * (x.masked",
+    Bug("LoRA: without its scaling", "cosup/losses.py", "return factor[0] * (x.masked", "return 1.0 * (x.masked",
         LOSSES + " -k adapted"),
     Bug("LoRA: gradient of the base's rows", "cosup/walk.py", "dx2, dw2 = (products[1].dx, products[1].dw)",
         "dx2, dw2 = (products[1].dx, products[1].dw * 0)", LOSSES + " -k adapted"),
@@ -287,6 +288,30 @@ BUGS = [
     Bug("resume: random state not restored", "cosup/train.py", "        super()._load_optimizer_and_scheduler(checkpoint)\n",
         "        super()._load_optimizer_and_scheduler(checkpoint)\n        torch.manual_seed(1)\n        self._load_rng_state = lambda _: None\n",
         "tests/test_train.py"),
+    Bug("patch: scale forgotten", PATCHING, "return self._with(scale=self.scale * factor)", "return self", PATCH + " -k loss_and_gradients"),
+    Bug("patch: scale inside the soft cap", PATCHING, "self.scale if self.cap is None else self.scale * self.cap", "self.scale",
+        PATCH + " -k loss_and_gradients"),
+    Bug("patch: no bias", PATCHING, "_bias(self.head, self.width)\n", "None\n", PATCH + " -k loss_and_gradients"),
+    Bug("patch: scaling of an adapter", PATCHING, "other.scale / self.scale)", "1.0)", PATCH + " -k adapters"),
+    Bug("patch: bias of an adapter", PATCHING, "            if head.bias is not None:", "            if False:", PATCH + " -k other_forms"),
+    Bug("patch: goes on without logits", PATCHING, "            state.deferring = False", "            pass", PATCH + " -k asked_for"),
+    Bug("patch: index to ignore", PATCHING, '"ignore_index": ignore_index', '"ignore_index": -100', PATCH + " -k arguments"),
+    Bug("patch: sums for means", PATCHING, "reduction=reduction,", 'reduction="sum",', PATCH + " -k loss_and_gradients"),
+    Bug("patch: rows of a view", PATCHING, "(last != -1 or math.prod(rows) != math.prod(self.shape[:-1]))", "last != -1", PATCH + " -k may_not"),
+    Bug("patch: any columns", PATCHING, "if not isinstance(last, slice) or last.start not in (None, 0) or last.step not in (None, 1):",
+        "if not isinstance(last, slice):", PATCH + " -k may_not"),
+    Bug("patch: a negative scale", PATCHING, " or not factor > 0:", ":", PATCH + " -k may_not"),
+    Bug("patch: the trial ends in evaluation", PATCHING, "            module.training = True", "            pass", PATCH + " -k trace"),
+    Bug("patch: a loss of something else", PATCHING, "        if not state.losses:", "        if False:", PATCH + " -k another_kind"),
+    Bug("patch: dtype of the loss", PATCHING, "else loss.to(self.dtype)", "else loss", PATCH + " -k what_a_model"),
+    Bug("patch: mean of the differentiable", PATCHING, ".sum().clamp(min=1) if reduction", ".numel() if reduction", PATCH + " -k differentiable"),
+    Bug("patch: wrapped since", PATCHING, 'if module.__dict__.get("forward") is not ours:', "if False:", PATCH + " -k thrown"),
+    Bug("patch: copies run the first", PATCHING, 'getattr(forward, "__func__", None) or', "", PATCH + " -k copy"),
+    Bug("patch: a part of the head", PATCHING, 'if hasattr(self.head.weight, "full_tensor") or not self.head.weight.numel():', "if False:",
+        "tests/test_patching_ranks.py -k given_back"),
+    Bug("trl: rows not shifted", "cosup/integrations/trl.py", "F.pad(labels, (0, 1), value=-100)[:, 1:]", "labels", "tests/test_integrations_trl.py -k plain"),
+    Bug("adapter: its hidden state at ignored rows", "cosup/losses.py", "first.reshape(len(x), rank).masked_fill(ignored, 0.0), b", "first.reshape(len(x), rank), b",
+        LOSSES + " -k hidden_state"),
 ]  # fmt: skip
 
 

@@ -37,6 +37,7 @@ DISTRIBUTED, NCE = "tests/test_distributed.py", "tests/test_info_nce.py"
 NATIVE, STATS, GRAD = "kernels/cpu/tile_kernels.cpp", "kernels/tile_stats.py", "kernels/tile_grad.py"
 FUSED = "kernels/product_stats.py"
 PATCHING, PATCH = "cosup/patching.py", "tests/test_patching.py"
+PACKING = "tests/test_packing.py"
 PAIRS, SIGMOID = "tests/test_sigmoid.py", "kernels/tile_sigmoid.py"
 BUGS = [
     Bug("loss: log-sum-exp rounds first", "kernels/reference.py", "self.sum.log() + (self.max - self.target)",
@@ -283,6 +284,24 @@ BUGS = [
     Bug("sigmoid: mean over the queries here", "cosup/contrastive.py", "else SumOverRanks.apply(weight.sum(), process_group)", "else weight.sum()",
         DISTRIBUTED + " -k pairs"),
     Bug("memory: packed coefficients not counted", "cosup/walk.py", "packed=product if item == 4 else 0", "packed=0", OPS + " -k peak"),
+    Bug("packing: first token predicted from the example before", "cosup/data/collate.py", "joined.labels.extend([IGNORE, *row.labels[1:]])",
+        "joined.labels.extend(row.labels)", PACKING + " -k one_token"),
+    Bug("packing: queries where they were", "cosup/data/collate.py", "(len(joined.ids) + place, passage)", "(place, passage)",
+        PACKING + " -k hold_the_unpacked"),
+    Bug("packing: a row is never full", "cosup/data/packing.py", "if length <= free", "if length < free", PACKING + " -k first_row_with_room"),
+    Bug("packing: positions run on", "cosup/data/packing.py", "torch.cat([torch.arange(length) for length in row])",
+        "torch.arange(sum(row))", PACKING + " -k sdpa"),
+    Bug("packing: padding mask beside positions", "cosup/model.py", "bounds = attention_mask if position_ids is None else None",
+        "bounds = attention_mask", PACKING + " -k eager"),
+    Bug("packing: flash-attn without the bounds", "cosup/pretrained.py", "        if _runs_flash(model):", "        if False:",
+        PACKING + " -k given_the_bounds"),
+    Bug("packing: a small leak passed", "cosup/pretrained.py", "if seen[~second].any():", "if False:", PACKING + " -k would_change"),
+    Bug("packing: a model's own positions passed", "cosup/pretrained.py", "if not moved <= max(", "if False and not moved <= max(",
+        PACKING + " -k would_change"),
+    Bug("packing: positions not trained with", "cosup/train.py", '(*names, "position_ids")', "names", PACKING + " -k logs_the_same"),
+    Bug("packing: positions of other micro-batches", "cosup/data/collate.py", "**{name: batch[name][start:stop, :length] for name in of_rows},",
+        "**{name: batch[name][: stop - start if name == 'position_ids' else stop][-(stop - start) :, :length] for name in of_rows},",
+        PACKING + " -k micro_batches_of_packed"),
     Bug("cache: passage taken in twice", "cosup/generate.py", "position_ids=cached + new", "position_ids=cached + new.clamp(max=1)",
         "tests/test_generate.py"),
     Bug("resume: random state not restored", "cosup/train.py", "        super()._load_optimizer_and_scheduler(checkpoint)\n",

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "losses": {"distributed", "checks", "softmax", "contrastive"},
     "nn": {"losses", "contrastive"},
     "gradcache": set(),
+    "integrations": {"contrastive"},
     "tokens": set(),
     "data": {"data", "tokens"},
     "index": {"data"},
@@ -36,10 +37,11 @@ MAY_IMPORT = {
     "cli": {"data", "index", "model", "train", "evaluate", "tokens", "generate", "demo", "pools", "doctor", "bench"},
 }
 FILES = [*ROOT.glob("kernels/*.py"), *ROOT.glob("cosup/[!_]*.py"), *ROOT.glob("cosup/data/*.py")]
+FILES += ROOT.glob("cosup/integrations/*.py")
 
 
 def room(path: Path) -> str:
-    return path.parent.name if path.parent.name in ("kernels", "data") else path.stem
+    return path.parent.name if path.parent.name in ("kernels", "data", "integrations") else path.stem
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

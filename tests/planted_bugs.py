@@ -38,6 +38,7 @@ NATIVE, STATS, GRAD = "kernels/cpu/tile_kernels.cpp", "kernels/tile_stats.py", "
 FUSED = "kernels/product_stats.py"
 PATCHING, PATCH = "cosup/patching.py", "tests/test_patching.py"
 PACKING = "tests/test_packing.py"
+SENTENCES, OF_SENTENCES = "cosup/integrations/sentence_transformers.py", "tests/test_integrations_sentence_transformers.py"
 PAIRS, SIGMOID = "tests/test_sigmoid.py", "kernels/tile_sigmoid.py"
 BUGS = [
     Bug("loss: log-sum-exp rounds first", "kernels/reference.py", "self.sum.log() + (self.max - self.target)",
@@ -302,6 +303,23 @@ BUGS = [
     Bug("packing: positions of other micro-batches", "cosup/data/collate.py", "**{name: batch[name][start:stop, :length] for name in of_rows},",
         "**{name: batch[name][: stop - start if name == 'position_ids' else stop][-(stop - start) :, :length] for name in of_rows},",
         PACKING + " -k micro_batches_of_packed"),
+    Bug("sentences: cosine for all", SENTENCES, "normalize=self.similarity_fct is cos_sim", "normalize=True", OF_SENTENCES + " -k equals_theirs"),
+    Bug("sentences: first negatives only", SENTENCES, "info_nce(query, torch.cat(candidates)", "info_nce(query, torch.cat(candidates[:2])", OF_SENTENCES + " -k equals_theirs"),
+    Bug("sentences: scale for temperature", SENTENCES, "temperature=self.temperature", "temperature=self.scale", OF_SENTENCES + " -k equals_theirs"),
+    Bug("sentences: documents not told their query", SENTENCES, 'symmetric="doc_to_query" in self.directions', "symmetric=False", OF_SENTENCES + " -k equals_theirs"),
+    Bug("sentences: queries no negatives", SENTENCES, 'query_negatives="query_to_query" in self.directions', "query_negatives=False", OF_SENTENCES + " -k equals_theirs"),
+    Bug("sentences: documents' negatives of triplets", SENTENCES, 'if "doc_to_doc" in self.directions and len(reps) > 2', "if False", OF_SENTENCES + " -k bad_columns"),
+    Bug("sentences: gradients a mean of shares", SENTENCES, "group.size() * (loss", "1 * (loss", OF_SENTENCES + " -k gathered"),
+    Bug("sentences: nothing gathered", SENTENCES, "if self.gather_across_devices and", "if False and", OF_SENTENCES + " -k gathered"),
+    Bug("sentences: ids of one process", SENTENCES, "blake2b(row[kept].tobytes(), digest_size=8).digest()", 'hash(row[kept].tobytes()).to_bytes(8, "little", signed=True)', OF_SENTENCES + " -k gathered"),
+    Bug("sentences: ids of the padding", SENTENCES, "row[kept].tobytes()", "row.tobytes()", OF_SENTENCES + " -k duplicates"),
+    Bug("sentences: cached without ids", SENTENCES, "self.forward_cached(columns, ids)", "self.forward_cached(columns)", OF_SENTENCES + " -k duplicates"),
+    Bug("sentences: pictures by their text", SENTENCES, "t.shape == tokens.shape == mask.shape for t in tensors", "True for t in tensors", OF_SENTENCES + " -k bad_columns"),
+    Bug("sentences: cache not told to MatryoshkaLoss", SENTENCES, "self.uses_gradient_cache = mini_batch_size is not None", "self.uses_gradient_cache = False", OF_SENTENCES + " -k matryoshka"),
+    Bug("sentences: never cached", SENTENCES, "if self.mini_batch_size is not None:\n            return", "if False:\n            return", OF_SENTENCES + " -k drops"),
+    Bug("sentences: no backward to the cache", SENTENCES, "            loss.backward()\n", "            (2 * loss).backward()\n", OF_SENTENCES + " -k cached"),
+    Bug("sentences: an option not in the config", SENTENCES, '"mini_batch_size", "mask_duplicates")', '"mini_batch_size")', OF_SENTENCES + " -k config"),
+    Bug("sentences: one forward pass too many", SENTENCES, "for vectors in embed_columns(self.model, columns)]", "for vectors in (self.model(column)[\"sentence_embedding\"] for column in columns)]", OF_SENTENCES + " -k drops"),
     Bug("cache: passage taken in twice", "cosup/generate.py", "position_ids=cached + new", "position_ids=cached + new.clamp(max=1)",
         "tests/test_generate.py"),
     Bug("resume: random state not restored", "cosup/train.py", "        super()._load_optimizer_and_scheduler(checkpoint)\n",

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "losses": {"distributed", "checks", "softmax", "contrastive"},
     "nn": {"losses", "contrastive"},
     "patching": {"losses", "softmax"},
-    "integrations": {"patching", "contrastive", "gradcache", "distributed"},
+    "integrations": {"patching", "contrastive"},
     "gradcache": set(),
     "tokens": set(),
     "data": {"data", "tokens"},

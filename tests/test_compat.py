@@ -129,7 +129,8 @@ def test_liger_returns_what_is_asked():
         output = LigerFusedLinearCrossEntropyLoss(**{asked: True})(w, x, target, b)
         found = {name for name, value in vars(output).items() if value is not None}
         assert found == {"loss", asked.removeprefix("return_")}
-    assert isinstance(LigerFusedLinearCrossEntropyLoss()(w, x, target), torch.Tensor)
+    loss = LigerFusedLinearCrossEntropyLoss()(w.requires_grad_(), x, target)
+    assert isinstance(loss, torch.Tensor) and torch.autograd.grad(loss, w)[0].any()  # though the input needs none
 
 
 ANOTHER = {

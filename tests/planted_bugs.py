@@ -31,7 +31,7 @@ class Bug(NamedTuple):
 TRAIN_RANKS = "tests/test_train_ranks.py"
 RING = "tests/test_distributed.py -k contrastive_equals_one_process"
 LONGEST = 300  # seconds of a test
-POSITIVES = "tests/test_positives.py"
+POSITIVES, COMPAT = "tests/test_positives.py", "tests/test_compat.py"
 LOSSES, OPS, TILES = "tests/test_losses.py", "tests/test_ops.py", "tests/test_tiles.py"
 DISTRIBUTED, NCE = "tests/test_distributed.py", "tests/test_info_nce.py"
 NATIVE, STATS, GRAD = "kernels/cpu/tile_kernels.cpp", "kernels/tile_stats.py", "kernels/tile_grad.py"
@@ -130,6 +130,20 @@ BUGS = [
         OPS + " -k peak"),
     Bug("bench: no gradient error", "bench/measure.py", "return (off.norm() / size.norm()).item(), ", "return 0.0, ",
         "tests/test_bench.py"),
+    Bug("Liger: z-loss over the sum of weights", "cosup/compat/liger.py", "(total / count.clamp(min=1)).item()", "1.0", COMPAT + " -k liger"),
+    Bug("Liger: token scaling as a weighted mean", "cosup/compat/liger.py", 'o.use_token_scaling and o.reduction == "mean"', "False",
+        COMPAT + " -k liger"),
+    Bug("Liger: z-loss not scaled", "cosup/compat/liger.py", "(1.0 if scaling is None else scaling)", "1.0", COMPAT + " -k beside"),
+    Bug("Liger: accuracy over ignored rows too", "cosup/compat/liger.py", "stats.top1.sum() / count", "stats.top1.float().mean()",
+        COMPAT + " -k beside"),
+    Bug("Liger: module's options swapped", "cosup/compat/liger.py", "_Options(ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap,\n                                return_z_loss",
+        "_Options(ce_weight, ignore_index, label_smoothing, lse_square_scale, reduction, softcap,\n                                return_z_loss", COMPAT + " -k module"),
+    Bug("CCE: the first rows cut off", "cosup/compat/cut_cross_entropy.py", "loss[..., : length - shift]", "loss[..., shift:]", COMPAT + " -k cce_error"),
+    Bug("CCE: mean over all rows", "cosup/compat/cut_cross_entropy.py", "(predicted != ignore_index).sum()", "(predicted == predicted).sum()",
+        COMPAT + " -k cce_error"),
+    Bug("CCE: log-sum-exp without gradient", "cosup/compat/cut_cross_entropy.py", "stats.nll, stats.lse, targets", "stats.nll, stats.lse.detach(), targets",
+        COMPAT + " -k cce_error"),
+    Bug("CCE: ranges of a head not compared", "cosup/compat/cut_cross_entropy.py", "if starts != [0, *stops[:-1]] or ", "if ", COMPAT + " -k split"),
     Bug("layout: an import against the flow", "cosup/plan.py", "from enum import Enum\n",
         "from enum import Enum\n\nimport cosup.losses\n", "tests/test_layout.py"),
     Bug("fused: the right half's statistic over the left one's", FUSED, "_leave(right, i, 2 * j + 1,", "_leave(right, i, 2 * j,",

@@ -353,7 +353,7 @@ BUGS = [
     Bug("patch: a negative scale", PATCHING, " or not factor > 0:", ":", PATCH + " -k may_not"),
     Bug("patch: the trial ends in evaluation", PATCHING, "            module.training = True", "            pass", PATCH + " -k trace"),
     Bug("patch: a loss of something else", PATCHING, "        if not state.losses:", "        if False:", PATCH + " -k another_kind"),
-    Bug("patch: dtype of the loss", PATCHING, "else loss.to(self.dtype)", "else loss", PATCH + " -k what_a_model"),
+    Bug("patch: dtype of the loss", PATCHING, "else loss.to(self.dtype)", "else loss", PATCH + " -k dtype_of"),
     Bug("patch: mean of the differentiable", PATCHING, ".sum().clamp(min=1) if reduction", ".numel() if reduction", PATCH + " -k differentiable"),
     Bug("patch: wrapped since", PATCHING, 'if module.__dict__.get("forward") is not ours:', "if False:", PATCH + " -k thrown"),
     Bug("patch: copies run the first", PATCHING, 'getattr(forward, "__func__", None) or', "", PATCH + " -k copy"),

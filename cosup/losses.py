@@ -286,4 +286,4 @@ def _low_rank(lora, shape: torch.Size, x: Tensor, w: Tensor, ignored: Tensor) ->
     first, b = first.to(x.dtype), b.to(x.dtype)
     if factor:
         return factor[0] * (x.masked_fill(ignored, 0.0) @ first.mT), b
-    return first.reshape(len(x), rank).masked_fill(ignored, 0.0), b
+    return first.reshape(len(x), rank), b

@@ -50,7 +50,7 @@ def train(trainer):
     [
         (tiny_gen, None, {}),
         (tiny_gen, None, {"packing": True, "max_length": 32}),
-        (tiny_gen, None, {"loss_type": "dft"}),
+        (tiny_gen, None, {"loss_type": "dft", "completion_only_loss": False}),
         (tiny_gen, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"), {}),
         (mixtral, None, {}),
     ],

@@ -330,7 +330,8 @@ class DeferredLogits:
         if hasattr(self.head.weight, "full_tensor") or not self.head.weight.numel():
             want = f"model: wanted the head of {self.head._cosup.name} whole at the loss, got a part"
             raise ValueError(f"{want}; shard it with the model, or fully_shard(head, reshard_after_forward=False)")
-        w, bias, lora = self.head.weight[: self.width], _bias(self.head, self.width), None
+        w, bias = self.head.weight[: self.width], _bias(self.head, self.width)
+        lora = None
         for _, head, factor in self.added:
             if head.bias is not None:
                 bias = factor * _bias(head, self.width) + (0 if bias is None else bias)
@@ -355,8 +356,7 @@ class DeferredLogits:
         if size_average is not None or reduce is not None or self.ndim > 2 or target.is_floating_point():
             self._refuse("a cross entropy of another form than [N, V] with targets [N]")
         (x, w), same = self._loss_arguments()
-        same["ignore_index"] = ignore_index
-        state = self.head._cosup
+        same, state = {**same, "ignore_index": ignore_index}, self.head._cosup
         if state.return_stats == "differentiable":
             if weight is not None or label_smoothing:
                 raise ValueError("return_stats: wanted no class weights and no label smoothing beside it, got them")

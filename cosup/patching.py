@@ -25,6 +25,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
 from cosup.losses import linear_cross_entropy, linear_log_prob
@@ -132,8 +133,8 @@ def _causal(model: Any) -> Any:
 
 def _linear_parts(head: Any, name: str) -> list[nn.Module]:
     """The linear layers onto the vocabulary: the head itself or, within PEFT's, its base, its copies and adapters."""
-    parts = [part for part in head.modules() if type(part).forward is nn.Linear.forward]
-    parts = [part for part in parts if part.weight.shape[0] == head.weight.shape[0]]
+    rows = len(head.weight) if hasattr(head, "weight") else None
+    parts = [part for part in head.modules() if type(part).forward is nn.Linear.forward and len(part.weight) == rows]
     if not parts:
         raise ValueError(f"model: wanted a linear layer as head, got the {type(head).__name__} of {name}")
     return parts
@@ -324,25 +325,38 @@ class DeferredLogits:
             self._refuse("a second tanh")
         return self._with(cap=1.0)
 
-    def cross_entropy(self, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
-                      label_smoothing=0.0) -> Tensor:  # fmt: skip
-        if size_average is not None or reduce is not None or self.ndim > 2 or target.is_floating_point():
-            self._refuse("a cross entropy of another form than [N, V] with targets [N]")
+    def _loss_arguments(self) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        """Of `linear_cross_entropy` and `linear_log_prob`: (input, weight), and what the logits are besides."""
         if hasattr(self.head.weight, "full_tensor") or not self.head.weight.numel():
             want = f"model: wanted the head of {self.head._cosup.name} whole at the loss, got a part"
             raise ValueError(f"{want}; shard it with the model, or fully_shard(head, reshard_after_forward=False)")
         w, bias = self.head.weight[: self.width], _bias(self.head, self.width)
+        lora = None
         for _, head, factor in self.added:
             if head.bias is not None:
                 bias = factor * _bias(head, self.width) + (0 if bias is None else bias)
-        state, lora = self.head._cosup, None
         if self.added:
             h = torch.cat([factor * hidden for hidden, _, factor in self.added], dim=-1)
             lora = (h.to(w.device), torch.cat([head.weight[: self.width] for _, head, _ in self.added], dim=1))
-        x = self.hidden.to(w.device)
         scale = self.scale if self.cap is None else self.scale * self.cap
-        same = {"linear_bias": bias, "ignore_index": ignore_index, "logit_scale": scale, "logit_softcap": self.cap,
-                "lora": lora}  # fmt: skip
+        same = {"linear_bias": bias, "logit_scale": scale, "logit_softcap": self.cap, "lora": lora}
+        return (self.hidden.to(w.device), w), same
+
+    def logsumexp(self, dim, keepdim=False) -> Tensor:
+        """In a pass of its own: for losses beside the cross entropy, as a z-loss."""
+        if dim not in (-1, self.ndim - 1):
+            self._refuse("a sum over rows")
+        (x, w), same = self._loss_arguments()
+        target = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+        lse = linear_log_prob(x, w, target, **same).lse.to(self.dtype)
+        return lse[..., None] if keepdim else lse
+
+    def cross_entropy(self, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
+                      label_smoothing=0.0) -> Tensor:  # fmt: skip
+        if size_average is not None or reduce is not None or self.ndim > 2 or target.is_floating_point():
+            self._refuse("a cross entropy of another form than [N, V] with targets [N]")
+        (x, w), same = self._loss_arguments()
+        same, state = {**same, "ignore_index": ignore_index}, self.head._cosup
         if state.return_stats == "differentiable":
             if weight is not None or label_smoothing:
                 raise ValueError("return_stats: wanted no class weights and no label smoothing beside it, got them")
@@ -375,12 +389,12 @@ class DeferredLogits:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        logits = next((arg for arg in args if isinstance(arg, cls)), None) or (kwargs or {})["input"]
-        if func is F.cross_entropy and "input" in (kwargs or {}):
-            args, kwargs = (kwargs["input"], *args), {k: v for k, v in kwargs.items() if k != "input"}
-        if func not in (F.cross_entropy, torch.tanh) or args[0] is not logits:
-            logits._refuse(func.__name__)
-        return getattr(cls, func.__name__)(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
+        if func not in (F.cross_entropy, torch.tanh, torch.logsumexp) or not isinstance(args[0], cls):
+            next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))._refuse(func.__name__)
+        return getattr(cls, func.__name__)(*args, **kwargs)
 
     def __getattr__(self, name: str):
         if name.startswith("__"):

@@ -13,6 +13,10 @@ settings.register_profile("nightly", max_examples=500)
 settings.load_profile("quick")  # pytest --hypothesis-profile nightly asks for the other
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-architectures", action="store_true", help="patch every causal language model: minutes")
+
+
 @pytest.fixture
 def device():
     return "cuda" if HAS_GPU else "cpu"

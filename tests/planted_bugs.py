@@ -39,6 +39,7 @@ FUSED = "kernels/product_stats.py"
 PATCHING, PATCH = "cosup/patching.py", "tests/test_patching.py"
 PACKING = "tests/test_packing.py"
 SENTENCES, OF_SENTENCES = "cosup/integrations/sentence_transformers.py", "tests/test_integrations_sentence_transformers.py"
+ARCHITECTURES = "tests/test_patching_architectures.py"
 PAIRS, SIGMOID = "tests/test_sigmoid.py", "kernels/tile_sigmoid.py"
 BUGS = [
     Bug("loss: log-sum-exp rounds first", "kernels/reference.py", "self.sum.log() + (self.max - self.target)",
@@ -360,6 +361,18 @@ BUGS = [
     Bug("patch: a part of the head", PATCHING, 'if hasattr(self.head.weight, "full_tensor") or not self.head.weight.numel():', "if False:",
         "tests/test_patching_ranks.py -k given_back"),
     Bug("trl: rows not shifted", "cosup/integrations/trl.py", "F.pad(labels, (0, 1), value=-100)[:, 1:]", "labels", "tests/test_integrations_trl.py -k dft"),
+    Bug("patch: columns that were cut off", PATCHING, "self.head.weight[: self.width], _bias(", "self.head.weight, _bias(", ARCHITECTURES + " -k inkling2"),
+    Bug("patch: rows before the image's end", PATCHING, "hidden[(*rows, slice(None))]", "hidden.roll(1, 1)[(*rows, slice(None))]", ARCHITECTURES + " -k git"),
+    Bug("patch: the experts' loss taken out with the logits", PATCHING, "if value is not None})", "if value is not None and name != \"aux_loss\"})",
+        ARCHITECTURES + " -k mixtral"),
+    Bug("patch: log-sum-exp without gradient", PATCHING, "linear_log_prob(x, w, target, **same).lse.to(", "linear_log_prob(x, w, target, **same).lse.detach().to(",
+        ARCHITECTURES + " -k bamba"),
+    Bug("patch: a head's bias frozen", PATCHING, "else head.bias[:width]", "else head.bias[:width].detach()", ARCHITECTURES + " -k bert"),
+    Bug("patch: a trace of it after unpatch", PATCHING, "del module.__dict__[\"forward\"], module.__dict__[\"_cosup\"]", "del module.__dict__[\"forward\"]",
+        ARCHITECTURES + " -k llama"),
+    Bug("patch: refused, but left patched", PATCHING, "    except ValueError:\n        state.undo()\n", "    except ValueError:\n", PATCH + " -k may_not"),
+    Bug("patch: logits in a list not refused", PATCHING, "next(leaf for leaf in tree_leaves((args, kwargs)) if", "next(leaf for leaf in args if",
+        PATCH + " -k may_not"),
 ]  # fmt: skip
 
 

@@ -411,6 +411,9 @@ def assign(z):
         lambda z: z[..., torch.arange(VOCABULARY)],
         lambda z: z.transpose(0, 1),
         lambda z: z.view(3, -1),
+        lambda z: torch.cat([z, z]),
+        lambda z: torch.stack([z, z], dim=1),
+        lambda z: torch.softmax(input=z, dim=-1),
         assign,
     ],
 )
@@ -444,6 +447,30 @@ def test_a_loss_of_another_kind_is_refused():
         cosup.patch(model)
 
 
+@pytest.mark.parametrize(
+    "lse",
+    [
+        lambda z: z.logsumexp(-1),
+        lambda z: torch.logsumexp(z, dim=2, keepdim=True),
+        lambda z: torch.logsumexp(input=z.view(-1, VOCABULARY), dim=1)[:, None],
+    ],
+)
+def test_a_loss_of_the_log_sum_exp_beside_it(lse):
+    model = changed(lambda z: 2 * torch.tanh(z * 1.5))
+    cross_entropy = model.loss_function
+    model.loss_function = lambda z, *args, **kwargs: cross_entropy(z, *args, **kwargs) + lse(z).square().mean()
+    assert_as_before(model, **batch())
+
+
+@pytest.mark.parametrize("dim", [0, 1, -2, (1, 2)])
+def test_a_log_sum_exp_over_rows_is_refused(dim):
+    model = changed(lambda z: z)
+    cross_entropy = model.loss_function
+    model.loss_function = lambda z, *args, **kwargs: cross_entropy(z, *args, **kwargs) + z.logsumexp(dim).mean()
+    with pytest.raises(ValueError, match="sum over rows"):
+        cosup.patch(model)
+
+
 def test_what_is_no_causal_model_is_refused():
     class Head(nn.Linear):
         def forward(self, input):
@@ -455,6 +482,9 @@ def test_what_is_no_causal_model_is_refused():
     model = tiny_gen()
     model.lm_head = Head(32, VOCABULARY, bias=False)
     with pytest.raises(ValueError, match="Head of LlamaForCausalLM"):
+        cosup.patch(model)
+    model.lm_head = nn.ModuleList([nn.Linear(32, VOCABULARY)])
+    with pytest.raises(ValueError, match="ModuleList of LlamaForCausalLM"):
         cosup.patch(model)
     model = SimpleNamespace(get_output_embeddings=lambda: nn.Linear(2, 3), forward=lambda input_ids: None)
     with pytest.raises(ValueError, match="labels"):

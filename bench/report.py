@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,10 +48,12 @@ def summarise(rows: list[dict[str, Any]], *, size: dict[str, Any], products: tup
     return {"size": size, "flop": flop, "absent": absent, "rows": rows}
 
 
-def show(title: str, record: dict[str, Any]) -> None:
-    """Print the table of one problem; below it what failed and what was left out."""
-    unit, rate = TERA if torch.cuda.is_available() else GIGA
-    columns = {
+def table(record: dict[str, Any]) -> list[list[str]]:
+    """A header, and a row of text for each method of one problem; columns that none has are left out."""
+    rows = record["rows"]
+    unit, rate = TERA if any((row["flop_per_second"] or 0) >= 1e13 for row in rows) else GIGA
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "method": lambda row: row["method"],
         "forward ms": lambda row: _cell(row.get("forward_seconds"), lambda s: f"{1e3 * min(s):.1f}"),
         "fwd+bwd ms": lambda row: _cell(row["seconds"], lambda s: f"{1e3 * min(s):.1f}"),
         "spread": lambda row: _cell(row["seconds"], lambda s: f"{max(s) / min(s):.2f}"),
@@ -62,21 +66,29 @@ def show(title: str, record: dict[str, Any]) -> None:
         "dw row error": lambda row: _cell(row.get("dw_row_error"), "{:.1e}".format),
         "/ none ignored": lambda row: _cell(row["dense_ratio"], "{:.2f}".format),
     }
-    if all(row["dense_ratio"] is None for row in record["rows"]):
-        del columns["/ none ignored"]
-    table = Table(title=f"{title}  {record['size']}  {device_name()}")
-    table.add_column("method", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in record["rows"]:
-        table.add_row(row["method"], *(text(row) for text in columns.values()))
+    cells = [[name, *map(text, rows)] for name, text in columns.items()]
+    return [list(line) for line in zip(*(column for column in cells if any(column[1:])), strict=True)]
+
+
+def remarks(record: dict[str, Any]) -> list[str]:
+    """What failed and what was left out."""
+    failed = [f"{row['method']}: failed: {row['failed']}" for row in record["rows"] if row["failed"]]
+    return failed + [f"{name}: skipped: {why}" for name, why in record["absent"].items()]
+
+
+def show(title: str, record: dict[str, Any]) -> None:
+    """Print the table of one problem; below it what failed and what was left out."""
+    header, *rows = table(record)
+    printed = Table(title=f"{title}  {record['size']}  {device_name()}")
+    printed.add_column(header[0], no_wrap=True)
+    for name in header[1:]:
+        printed.add_column(name, justify="right")
+    for row in rows:
+        printed.add_row(*row)
     console = Console(width=160)
-    console.print(table)
-    for row in record["rows"]:
-        if row["failed"]:
-            console.print(f"{row['method']}: failed: {row['failed']}", markup=False, highlight=False)
-    for name, why in record["absent"].items():
-        console.print(f"{name}: skipped: {why}", markup=False, highlight=False)
+    console.print(printed)
+    for line in remarks(record):
+        console.print(line, markup=False, highlight=False)
 
 
 def save(title: str, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -90,8 +102,10 @@ def save(title: str, records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    return {"device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    program = Path(sys.argv[0]).name
+    command = ["python", f"bench/{program}"] if program.endswith(".py") else [program]
+    return {"command": shlex.join([*command, *sys.argv[1:]]), "device": device_name(), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
 
 
 def device_name() -> str:

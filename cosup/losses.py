@@ -135,8 +135,9 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
 
     Args:
         temperature: Positive divisor of the logits, after the softcap.
-        input, linear_weight, target, linear_bias, ignore_index, logit_scale, logit_softcap, shift, lora,
-            process_group, batch_invariant, workspace_bytes, backend: As in :func:`linear_cross_entropy`.
+        input, linear_weight, target, linear_bias, ignore_index: As in :func:`linear_cross_entropy`.
+        logit_scale, logit_softcap, shift, lora, process_group: The same.
+        batch_invariant, workspace_bytes, backend: The same.
 
     Returns:
         :class:`RowStats`, each field [...], float32 (float64 for float64 input); zeros at ignored rows.

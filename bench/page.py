@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
-Made of `bench/results/*.json` by `python bench/page.py`, and of nothing else. Every run of a loss has all methods in turn, round after
-round, beside the bare matrix products of the same shapes; the quickest round counts. `ranks` is info_nce over processes of one thread
-each, beside its [cost model](info_nce.md#what-a-step-costs). What was expected, found and given up is in [bench/LOG.md](../bench/LOG.md).
+Made of `bench/results/*.json` by `python bench/page.py`, and of nothing else. Every run of a loss has all methods in
+turn, round after round, beside the bare matrix products of the same shapes; the quickest round counts. `ranks` is
+info_nce over processes of one thread each, beside its [cost model](info_nce.md#what-a-step-costs). What was expected,
+found and given up is in [bench/LOG.md](../bench/LOG.md).
 
 | column | |
 | --- | --- |
@@ -43,8 +44,9 @@ def page(folder: Path) -> str:
         run = json.loads(path.read_text())
         if "command" not in run:
             raise ValueError(f"{path.name}: wanted the command that made it, got {sorted(run)}")
-        made = f"`{run['command']}`, {run['device']}, {run['threads']} threads, torch {run['torch']}, Python {run['python']}"
-        parts.append(f"## {path.stem}\n\n{made}, {run['date']}.\n")
+        versions = f"torch {run['torch']}, Python {run['python']}"
+        made = f"`{run['command']}`, {run['device']}, {run['threads']} threads, {versions}, {run['date']}"
+        parts.append(f"## {path.stem}\n\n{made}.\n")
         problems = run["problems"]
         if any("rows" not in problem for problem in problems):
             parts.append(_markdown(_flat(problems)))

@@ -105,7 +105,8 @@ def environment() -> dict[str, Any]:
     program = Path(sys.argv[0]).name
     command = ["python", f"bench/{program}"] if program.endswith(".py") else [program]
     return {"command": shlex.join([*command, *sys.argv[1:]]), "device": device_name(), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d")}  # fmt: skip
 
 
 def device_name() -> str:

@@ -13,7 +13,7 @@ SECTION = re.compile(r"(Args|Returns|Raises):$")
 
 
 def on_page_markdown(markdown: str, *, page, **_) -> str:
-    """Links to files of the repository, which the site does not hold, as their text; fences without the tests' marks."""
+    """Links to files of the repository, which the site does not hold, as their text; fences without tests' marks."""
 
     def text(link: re.Match) -> str:
         if not (HERE / link[2].partition("#")[0]).exists():

@@ -34,7 +34,8 @@ def site(tmp_path_factory):
 
 
 def test_every_public_name_is_in_the_reference():
-    modules = {name for name, thing in vars(cosup.nn).items() if inspect.isclass(thing) and thing.__module__ == "cosup.nn"}
+    classes = dict(inspect.getmembers(cosup.nn, inspect.isclass))
+    modules = {name for name, of in classes.items() if of.__module__ == "cosup.nn"}
     wanted = {f"cosup.{name}" for name in cosup.__all__ if name != "nn"}
     wanted |= {f"cosup.nn.{name}" for name in modules} | {f"cosup.data.{name}" for name in data.__all__}
     assert wanted <= set(NAMED)

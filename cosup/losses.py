@@ -26,12 +26,23 @@ LowRank = tuple[Tensor, Tensor, float] | tuple[Tensor, Tensor]
 
 
 class CoSupervisionOutput(NamedTuple):
+    """What :func:`co_supervision_loss` returns.
+
+    Attributes:
+        loss: ntp_loss + nsp_weight * nsp_loss, or one of the two.
+        ntp_loss: Of next tokens.
+        nsp_loss: Of next sequences.
+        ntp_count: int64, next-token targets.
+        nsp_count: Queries.
+        nsp_stats: Of each query; None without queries, and in mode "ntp".
+    """
+
     loss: Tensor
     ntp_loss: Tensor
     nsp_loss: Tensor
-    ntp_count: Tensor  # int64, NTP targets
-    nsp_count: int  # queries
-    nsp_stats: RowStats | None  # None without queries, and in mode "ntp"
+    ntp_count: Tensor
+    nsp_count: int
+    nsp_stats: RowStats | None
 
 
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,

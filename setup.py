@@ -55,7 +55,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    packages=["cosup", "cosup.data", "cosup.integrations", "cosup.kernels", "cosup.bench"],
+    packages=["cosup", "cosup.data", "cosup.compat", "cosup.integrations", "cosup.kernels", "cosup.bench"],
     package_dir={"cosup": "cosup", "cosup.kernels": "kernels", "cosup.bench": "bench"},
     package_data={"cosup": ["py.typed"]},
     ext_modules=[Extension("cosup.kernels.native_library", [])] if sys.platform != "win32" else [],

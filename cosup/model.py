@@ -29,6 +29,7 @@ from cosup.data.schema import Passage
 from cosup.generate import RetrievalGeneration
 from cosup.pretrained import (
     check_head,
+    check_packing,
     final_hidden_state,
     grow_vocabulary,
     hidden_width,
@@ -266,6 +267,7 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         query_index: Tensor,
         passage_input_ids: Tensor,
         passage_attention_mask: Tensor,
+        position_ids: Tensor | None = None,
     ) -> GenCtxOutput:
         """Hidden states, queries and passage vectors of a batch of `GenCtxCollator`; what the losses need.
 
@@ -273,13 +275,17 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
             input_ids, attention_mask: [B, T] int64, padded at the right.
             query_index: [Q] int64, flat index b * T + t of each retrieval token. Q may be 0, and so may P.
             passage_input_ids, passage_attention_mask: [P, L] int64.
+            position_ids: [B, T] int64, of packed rows: they restart at 0 where an example begins, and none sees another.
 
         Raises ValueError for other shapes.
         """
         _check_rows("input_ids", input_ids, attention_mask)
         if query_index.ndim != 1:
             raise ValueError(f"query_index: wanted [Q], got {list(query_index.shape)}")
-        hidden = final_hidden_state(self.gen.get_decoder(), input_ids, attention_mask)
+        if position_ids is not None and position_ids.shape != input_ids.shape:
+            raise ValueError(f"position_ids: wanted {list(input_ids.shape)}, got {list(position_ids.shape)}")
+        bounds = attention_mask if position_ids is None else None  # what fills up a packed row is an example of its own
+        hidden = final_hidden_state(self.gen.get_decoder(), input_ids, bounds, position_ids)
         query = hidden.flatten(0, 1)[query_index]
         return GenCtxOutput(hidden, query, self.embed_passages(passage_input_ids, passage_attention_mask))
 
@@ -306,8 +312,13 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
             pooled = hidden_PLD.take_along_dim(last_P11, dim=1).squeeze(1)
         return pooled if self.projection is None else self.projection(pooled)
 
-    def collator(self, passages: Mapping[str, Passage]) -> GenCtxCollator:
-        """The collator of this model's batches, as its config says."""
+    def collator(self, passages: Mapping[str, Passage], *, packing: bool = False) -> GenCtxCollator:
+        """The collator of this model's batches, as its config says. packing: instances share rows.
+
+        Raises ValueError for packing where Gen's examples cannot share a row; it is tried out.
+        """
+        if packing:
+            check_packing(self.gen)
         return GenCtxCollator(
             self.gen_tokenizer,
             self.ctx_tokenizer,
@@ -317,6 +328,7 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
             passage_in_ntp=self.config.passage_in_ntp,
             append_embed_token=self.config.pooling == "token",
             unique_passages=self.config.unique_passages,
+            packing=packing,
         )
 
     def passage_batch(self, passages: Sequence[Passage]) -> dict[str, Tensor]:

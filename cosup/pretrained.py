@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.utils import logging
 
 from cosup.tokens import STARTS_FROM, encode
@@ -100,10 +101,22 @@ def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         bias[new] = bias[:rows].mean()
 
 
-def final_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """[rows, tokens, D] of a model without a head, after its final norm."""
+def final_hidden_state(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+) -> Tensor:
+    """[rows, tokens, D] of a model without a head, after its final norm.
+
+    position_ids, of packed rows, restart at 0 in each example. They are for the decoders that `check_packing` passes,
+    with no attention_mask: then transformers reads them as the bounds of attention.
+    """
     # not every encoder takes use_cache; a decoder left to its default would fill a cache that nobody reads
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    if position_ids is not None:
+        options["position_ids"] = position_ids
+        if _runs_flash(model):  # which looks for restarts in a single row only
+            (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
+            options |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts)
+            options |= dict.fromkeys(("max_length_q", "max_length_k"), int(longest))
     return model(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
 
 
@@ -133,8 +146,8 @@ def check_head(gen: PreTrainedModel) -> None:
     head, decoder = gen.get_output_embeddings(), gen.get_decoder()
     if head is None or decoder is gen:
         raise ValueError(f"gen: wanted a causal language model with a head, got {type(gen).__name__}")
-    if str(getattr(gen.config, "_attn_implementation", "")).startswith("flash"):
-        return  # it runs on a GPU in 16 bits, where this may not be yet
+    if _runs_flash(gen):
+        return  # on a GPU in 16 bits, where this may not be yet
     training = gen.training
     gen.eval()
     ids = torch.tensor([[1, 2]], device=gen.device)
@@ -146,6 +159,64 @@ def check_head(gen: PreTrainedModel) -> None:
     gen.train(training)
     if not torch.allclose(logits, wanted, rtol=0, atol=0.02 * wanted.abs().max().item()):  # 16-bit rounding passes
         raise ValueError(f"gen: wanted logits that are a head over the final hidden state, got {type(gen).__name__}")
+
+
+def check_packing(gen: PreTrainedModel) -> None:
+    """Refuse a model in which an example that shares a row is not what it is alone. Two short ones are run.
+
+    No gradient at all may go from the states of one example to the tokens of another: a masked weight is exactly 0,
+    what a layer carries along is not. And states are those of the example alone, so its positions start anew: rounding
+    moves a state by about the precision eps of its numbers, a wrong position by about 1 (relative L2 norm); the line is
+    midway, at sqrt(eps), where float32 counts as the TF32 that it may be computed in.
+    Kernels for GPUs alone (flash-attn, flex attention's backward) are not tried while the weights lie on a CPU.
+
+    Raises ValueError.
+    """
+    if gen.device.type == "cpu" and (_runs_flash(gen) or gen.config._attn_implementation == "flex_attention"):
+        return
+    decoder = gen.get_decoder()
+    wanted = f"packing: wanted a gen whose examples can share a row, got {type(gen).__name__}"
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        raise ValueError(f"{wanted}, which takes no position_ids")
+    pair = [torch.arange(1, 8, device=gen.device), torch.arange(8, 13, device=gen.device)]
+    rows = torch.stack([torch.cat(pair), torch.cat(pair[::-1])])
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ((7, 5), (5, 7))])
+    second = ((positions == 0).cumsum(dim=1) == 2).to(gen.device)
+    embedded: list[Tensor] = []
+
+    def leaf(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
+
+    training = gen.training
+    gen.eval()
+    with torch.no_grad():
+        alone = [final_hidden_state(decoder, ids[None], torch.ones_like(ids[None]))[0] for ids in pair]
+    hook = gen.get_input_embeddings().register_forward_hook(leaf)
+    try:
+        with torch.enable_grad():
+            packed = final_hidden_state(decoder, rows, None, positions.to(gen.device))
+    finally:
+        hook.remove()
+        gen.train(training)
+
+    direction = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0)).to(packed)
+    (seen,) = torch.autograd.grad((packed * direction)[second].sum(), embedded)
+    if seen[~second].any():
+        raise ValueError(
+            f"{wanted}, where one sees the other: a layer carries a state along (state-space models, convolutions), or "
+            "the model's mask does not follow position_ids"
+        )
+    apart = torch.stack([torch.cat(alone), torch.cat(alone[::-1])]).double()
+    moved = ((packed.detach().double() - apart).norm(dim=-1) / apart.norm(dim=-1)).max().item()
+    autocast = torch.is_autocast_enabled(gen.device.type)
+    dtype = torch.get_autocast_dtype(gen.device.type) if autocast else packed.dtype
+    if not moved <= max(torch.finfo(dtype).eps, 2**-10) ** 0.5:
+        raise ValueError(f"{wanted}, where states there differ by {moved:.0%} from those of the example alone")
+
+
+def _runs_flash(model: PreTrainedModel) -> bool:
+    return "flash" in str(getattr(model.config, "_attn_implementation", ""))
 
 
 def _keep_layers(config: Any, num_layers: int) -> None:

@@ -75,11 +75,15 @@ class CoSupConfig(TrainingArguments):
     unique_passages: bool | None = _choice("A passage that comes twice in a batch is one candidate.")
     max_length: int | None = _choice("Most tokens of a Gen row.")
     max_passage_length: int | None = _choice("Most tokens of a passage.")
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Instances share rows of at most max_length tokens: the same losses, hardly any padding."},
+    )
     micro_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Instances that go through Gen and Ctx at once: a large batch in little memory, for one more "
-            "forward pass. None: the whole batch."
+            "help": "Instances (packed: rows) that go through Gen and Ctx at once: a large batch in little memory, for "
+            "one more forward pass. None: the whole batch."
         },
     )
     queue_size: int = field(
@@ -173,9 +177,9 @@ class CoSupTrainer(Trainer):
     per_device_train_batch_size instances of each; an epoch's last is filled up with some of its first. Sharded by FSDP2
     the model stays so: save_model writes the whole pair, to be loaded for embedding and generation.
 
-    Raises ValueError for no instances, label smoothing, micro-batches in mode "ntp", and for what several processes
-    cannot have: ddp_find_unused_parameters, uneven or dispatched batches, DeepSpeed, FSDP1, FSDP2 with extra_passages
-    or without full state dicts.
+    Raises ValueError for no instances, label smoothing, micro-batches in mode "ntp", packing with a gen whose examples
+    cannot share a row, and for what several processes cannot have: ddp_find_unused_parameters, uneven or dispatched
+    batches, micro-batches of packed rows, DeepSpeed, FSDP1, FSDP2 with extra_passages or without full state dicts.
     """
 
     model: GenCtxModel
@@ -201,16 +205,16 @@ class CoSupTrainer(Trainer):
             raise ValueError(f"args: wanted label_smoothing_factor 0, got {args.label_smoothing_factor}")
         args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: it would cut a batch whose query_index is flat
         args.remove_unused_columns = False
-        self.collator = model.collator(passages)
         super().__init__(
             model=model,
             args=args,
-            data_collator=self.collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        with self.accelerator.autocast():  # packing is tried out as it will be trained
+            self.collator = self.data_collator = model.collator(passages, packing=getattr(args, "packing", False))
         if args.world_size > 1:
             self._check_ranks()
         self._reset_interval()
@@ -226,6 +230,9 @@ class CoSupTrainer(Trainer):
             nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, of_ctx)
         if self._micro_batch_size is not None and not contrasts:
             raise ValueError("micro_batch_size: wanted None in mode 'ntp' (gradient_accumulation_steps does the same)")
+        if self._micro_batch_size is not None and self._group is not None and self.collator.packing:
+            got = f"got {self._micro_batch_size}: ranks would have unequal numbers of them"
+            raise ValueError(f"micro_batch_size: wanted None with packing over several processes, {got}")
         self._passage_ids = list(passages)
         self._extra_passages = getattr(args, "extra_passages", 0) if contrasts else 0
         size = getattr(args, "queue_size", 0) if contrasts else 0
@@ -470,7 +477,7 @@ class CoSupTrainer(Trainer):
 
     def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> GenCtxOutput:
         names = ("input_ids", "attention_mask", "query_index", "passage_input_ids", "passage_attention_mask")
-        given = {name: inputs[name] for name in names}
+        given = {name: inputs[name] for name in (*names, "position_ids") if name in inputs}
         idle = self._group is not None and self.model.config.mode != "ntp" and not len(given["passage_input_ids"])
         if idle:  # other ranks wait for the gradients of Ctx: here it embeds one token, for nothing
             token = given["input_ids"].new_zeros(1, 1)

@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import cosup
+from tiny import tiny_gen
 
 ROOT = Path(__file__).parents[1]
 PAGES = {loss: ROOT / f"docs/{loss}.md" for loss in ("linear_cross_entropy", "info_nce", "sigmoid_loss")}
@@ -31,7 +34,26 @@ def run(page: Path, code: list[str]) -> None:
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_page_runs(page):
+    if "from trl" in page.read_text():
+        pytest.importorskip("trl")  # it needs Python 3.11
     run(page, blocks(page, "python"))
+
+
+def test_lightning_snippet_runs(monkeypatch, tmp_path):
+    """Lightning is no dependency: a plain module stands for its own."""
+    monkeypatch.setitem(sys.modules, "lightning", SimpleNamespace(LightningModule=torch.nn.Module))
+    page, namespace = ROOT / "docs/patch.md", {}
+    for block in blocks(page, "python lightning"):
+        exec(compile(block, str(page), "exec"), namespace)
+    tiny_gen().save_pretrained(tmp_path)
+    module, ids = namespace["Module"](tmp_path).train(), torch.arange(6)[None]
+    module.training_step({"input_ids": ids, "labels": ids}, 0).backward()
+    assert module.model(input_ids=ids, labels=ids).logits is None
+
+
+def test_every_block_is_run():
+    kinds = {m[1].strip() for page in (ROOT / "docs").glob("*.md") for m in FENCE.finditer(page.read_text())}
+    assert not {kind for kind in kinds if kind.startswith("py")} - {"python", "python torchrun", "python lightning"}
 
 
 def test_readme_runs():
@@ -41,10 +63,13 @@ def test_readme_runs():
     run(ROOT / "README.md", own)
 
 
-@pytest.mark.parametrize("loss", PAGES)
-def test_script_over_processes_runs(loss, tmp_path):
+SCRIPTS = [page for page in sorted((ROOT / "docs").glob("*.md")) if blocks(page, "python torchrun")]
+
+
+@pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.name)
+def test_script_over_processes_runs(page, tmp_path):
     """A block marked ``python torchrun`` is a script of its own."""
-    (script,) = blocks(PAGES[loss], "python torchrun")
+    (script,) = blocks(page, "python torchrun")
     end = "dist.destroy_process_group()"
     assert script.count(end) == 1
     script = script.replace(end, "dist.barrier(); __import__('os')._exit(0)")  # gloo's threads may abort what unwinds

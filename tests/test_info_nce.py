@@ -398,6 +398,25 @@ def test_symmetric_where_half_of_a_batch_has_no_weight(budget, dtype):
         assert not scale or grads[0][:1024].any(1).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_symmetric_where_pairs_without_weight_are_far_above_the_others(dtype):
+    """Their logits may be more above the statistics of the others than an exponential can be."""
+    size = torch.ones(256, 1)
+    size[128:] = 10
+    q, c = ((size * torch.randn(256, 32)).to(dtype).requires_grad_() for _ in range(2))
+    weight = (size[:, 0] == 1).float()
+    loss = info_nce(q, c, symmetric=True, sample_weight=weight, temperature=5.0, normalize=False)
+
+    def plain(to):
+        z = to(q) @ to(c).mT / 5
+        nll = (z.logsumexp(0) + z.logsumexp(1)) / 2 - z.diagonal()
+        return torch.autograd.grad((weight * nll).sum() / weight.sum(), (q, c))
+
+    for grads in zip(torch.autograd.grad(loss, (q, c)), plain(lambda t: t), plain(torch.Tensor.double), strict=True):
+        ours, theirs, wanted = (grad.double() for grad in grads)
+        assert (ours - wanted).norm() <= 2 * (theirs - wanted).norm() + torch.finfo(dtype).eps * wanted.norm()
+
+
 @pytest.mark.parametrize("option", [{}, {"query_negatives": True}, {"hard_negatives": torch.ones(3, 1, 8)}], ids=str)
 def test_no_weight_at_all(option):
     q, c = torch.randn(3, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)

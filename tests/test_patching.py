@@ -83,8 +83,11 @@ def assert_no_less_exact(ours, plain, exact, message=""):
         assert error <= 2 * plain_error + eps * largest, f"{name} {message}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("items", [None, 20, torch.tensor(20)], ids=["mean", "int", "tensor"])
+@pytest.mark.parametrize(
+    "dtype, items",
+    [(torch.float32, None), (torch.float32, 20), (torch.bfloat16, torch.tensor(20)), (torch.float16, None)],
+    ids=["float32", "float32, counted", "bfloat16, counted by a tensor", "float16"],
+)
 @pytest.mark.parametrize("head", HEADS)
 def test_loss_and_gradients(head, dtype, items):
     inputs = batch() if items is None else {**batch(), "num_items_in_batch": items}
@@ -341,7 +344,7 @@ class Changed(LlamaForCausalLM):
 
     def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
         logits = self.change(self.lm_head(self.model(input_ids, attention_mask=attention_mask)[0]))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1], **kwargs)
         return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
 
 
@@ -363,12 +366,27 @@ def changed(change):
         lambda z: z.to("cpu").contiguous(),
         lambda z: z[..., : z.size(-1)],
         lambda z: z[:, :, :],
+        lambda z: z[..., :200],
+        lambda z: z[:, :, 0:-100:1].float(),
         lambda z: z.reshape(z.shape),
         lambda z: z.view(-1, z.shape[-1]).view(*z.size()),
     ],
 )
 def test_what_a_model_may_do_to_its_logits(change):
-    assert_as_before(changed(change), **batch())
+    inputs = batch()
+    inputs["labels"] = inputs["labels"].where(inputs["labels"] < 0, inputs["labels"] % 200)
+    assert_as_before(changed(change), **inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_loss_has_the_dtype_of_the_logits(dtype):
+    """Most models make theirs float32; one that does not has a loss of 16 bits, and goes on having one."""
+    model = changed(lambda z: z).to(dtype)
+    model.loss_function = lambda logits, labels, size: F.cross_entropy(logits.view(-1, size), labels.view(-1))
+    plain = model(**batch()).loss
+    ours = cosup.patch(model)(**batch()).loss
+    assert ours.dtype == plain.dtype == dtype
+    torch.testing.assert_close(ours, plain)
 
 
 def assign(z):

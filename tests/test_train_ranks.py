@@ -80,6 +80,11 @@ def test_a_rank_without_a_query_takes_part(several, alone):
     assert_same(several("idle"), whole)
 
 
+@pytest.mark.parametrize("name", ["packed", "packed idle", "sharded packed"])
+def test_packed_rows_of_each_rank_take_the_steps_of_unpacked(name, several, alone):
+    assert_same(several(name), alone("idle" if "idle" in name else "joint"))
+
+
 @pytest.mark.parametrize("name", ["cached", "cached idle", "cached accumulated"])
 @pytest.mark.filterwarnings("ignore:negatives do not accumulate")
 def test_micro_batches_on_each_rank_give_the_gradients_of_the_whole(name, several, alone):
@@ -160,7 +165,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, several):
 
 
 def test_what_several_processes_cannot_have_is_refused(several):
-    unused, uneven, dispatched, sharded = several("refused")[0]
+    unused, uneven, dispatched, sharded, packed = several("refused")[0]
+    assert "micro_batch_size: wanted None with packing over several processes, got 1" in packed
     assert unused == "ddp_find_unused_parameters: wanted False over several processes, got True"
     assert "even_batches=True, dispatch_batches unset, got even_batches=False, dispatch_batches=None" in uneven
     assert "got even_batches=True, dispatch_batches=True" in dispatched

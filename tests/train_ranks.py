@@ -180,7 +180,8 @@ def refused(folder: Path, world: int) -> list[str]:
     told = []
     uneven, dispatched = ({"accelerator_config": {name: value}} for name, value in
                           (("even_batches", False), ("dispatch_batches", True)))  # fmt: skip
-    for options in ({"ddp_find_unused_parameters": True}, uneven, dispatched, {"fsdp": True}):
+    packed = {"packing": True, "micro_batch_size": 1}
+    for options in ({"ddp_find_unused_parameters": True}, uneven, dispatched, {"fsdp": True}, packed):
         try:
             make_trainer(folder, **options)
         except ValueError as error:
@@ -215,6 +216,8 @@ RUNS = {
     "nsp": training(UNEVEN, mode="nsp"),
     "ntp": training(UNEVEN, mode="ntp"),
     "paper": training(UNEVEN, unique_passages=False),
+    "packed": training(UNEVEN, packing=True),
+    "packed idle": training(IDLE, packing=True),
     "idle": training(IDLE),
     "cached": training(UNEVEN, micro_batch_size=3),
     "cached idle": training(IDLE, micro_batch_size=1),
@@ -234,6 +237,7 @@ RUNS = {
     "sharded refused": refused_shards,
     "sharded": training(UNEVEN, shard=True),
     "sharded idle": training(IDLE, shard=True),
+    "sharded packed": training(UNEVEN, shard=True, packing=True),
     "sharded ntp": training(UNEVEN, shard=True, mode="ntp"),
     "sharded cached accumulated": training(UNEVEN * 2, gradient_accumulation_steps=2, micro_batch_size=3, shard=True),
     "sharded cached idle": training(IDLE, micro_batch_size=1, shard=True),

@@ -6,6 +6,8 @@ row       prompt   text   [Ret] passage [Cs]  grounded [Ce]   text   eos   paddi
 target    -        yes    yes   -       -     yes      yes    yes    yes   -          (passage_in_ntp=False)
                           |
                           query_index, its passage is candidate query_target
+
+Packed, several such rows stand in one, one after another (cosup/data/packing.py).
 """
 
 import warnings
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from cosup.data.packing import first_fit, restarting_positions
 from cosup.data.schema import Instance, Passage
 from cosup.tokens import control_ids, encode, passage_ids, passage_text, prompt_ids
 
@@ -43,6 +46,8 @@ class GenCtxCollator:
         append_embed_token: a Ctx row ends in [Emb].
         unique_passages: a passage is one candidate however often it is named; False: one candidate for each query
             and each hard negative.
+        packing: several instances share a row of at most `max_length` tokens, each in the first row with room for it.
+            Losses and gradients stay the same.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class GenCtxCollator:
         passage_in_ntp: bool = False,
         append_embed_token: bool = False,
         unique_passages: bool = True,
+        packing: bool = False,
     ):
         for name, value in (("max_length", max_length), ("max_passage_length", max_passage_length)):
             if value < 1:
@@ -68,6 +74,7 @@ class GenCtxCollator:
         self.passage_in_ntp = passage_in_ntp
         self.append_embed_token = append_embed_token
         self.unique_passages = unique_passages
+        self.packing = packing
         self._control = control_ids(gen_tokenizer)
         self._ctx_pad = control_ids(ctx_tokenizer).pad
         self._row_of = {id: row for row, id in enumerate(passages)}
@@ -77,7 +84,8 @@ class GenCtxCollator:
         """Returns int64 tensors, rows padded at the right:
 
         input_ids, attention_mask, labels  [B, T]   labels unshifted; -100 is not a target: prompt, padding, passages
-        query_index  [Q]                            flat index b * T + t of each [Ret]
+        position_ids [B, T]                         with packing only: from 0 in each instance; B rows hold them all
+        query_index  [Q]                            flat index b * T + t of each [Ret], ascending
         query_target [Q]                            row of its passage among the candidates
         passage_input_ids, passage_attention_mask [P, L]   positives, then hard negatives
         candidate_ids [P]                           row of the passage in `passages`, the same in every batch
@@ -86,7 +94,10 @@ class GenCtxCollator:
         """
         if not instances:
             raise ValueError("instances: wanted at least one, got none")
-        rows = [self._cut(self._row(instance)) for instance in instances]
+        alone = [self._cut(self._row(instance)) for instance in instances]
+        lengths = [len(row.ids) for row in alone]
+        packs = first_fit(lengths, self.max_length) if self.packing else [[place] for place in range(len(alone))]
+        rows = [_joined([alone[place] for place in pack]) for pack in packs]
         input_ids, attention_mask = _pad([row.ids for row in rows], self._control.pad)
         labels, _ = _pad([row.labels for row in rows], IGNORE)
         width = input_ids.shape[1]
@@ -94,17 +105,19 @@ class GenCtxCollator:
         queries = [(b * width + t, passage) for b, row in enumerate(rows) for t, passage in row.queries]
         candidates = [passage for _, passage in queries]
         target = list(range(len(queries)))
-        for instance, row in zip(instances, rows, strict=True):
+        for instance, row in zip(instances, alone, strict=True):
             if row.queries:
                 candidates.extend(instance.hard_negatives)
         if self.unique_passages:
             place = {passage: row for row, passage in enumerate(dict.fromkeys(candidates))}
             target = [place[passage] for _, passage in queries]
             candidates = list(place)
+        positions = restarting_positions([[lengths[place] for place in pack] for pack in packs])
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
+            **({"position_ids": positions} if self.packing else {}),
             "query_index": torch.tensor([index for index, _ in queries], dtype=torch.int64),
             "query_target": torch.tensor(target, dtype=torch.int64),
             **self.candidates(candidates),
@@ -180,7 +193,7 @@ class GenCtxCollator:
 
 
 def micro_batches(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """A collator's batch in parts of `size` instances, each with an even share of the passages.
+    """A collator's batch in parts of `size` rows, each with an even share of the passages.
 
     A part has labels and the arguments of `GenCtxModel.forward`, and no padding that none of its rows needs. Queries
     and passages of the parts, one after another, are those of the batch. Raises ValueError for a size below 1.
@@ -190,6 +203,7 @@ def micro_batches(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tens
     rows, width = batch["input_ids"].shape
     starts = range(0, rows, size)
     query_row = batch["query_index"] // width
+    of_rows = [name for name in ("input_ids", "attention_mask", "labels", "position_ids") if name in batch]
     ids, masks = (batch[name].tensor_split(len(starts)) for name in ("passage_input_ids", "passage_attention_mask"))
     parts = []
     for start, passage_ids_PL, passage_mask_PL in zip(starts, ids, masks, strict=True):
@@ -198,12 +212,22 @@ def micro_batches(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tens
         index = batch["query_index"][(query_row >= start) & (query_row < stop)] - start * width
         passage_length = _longest(passage_mask_PL)
         parts.append({
-            **{name: batch[name][start:stop, :length] for name in ("input_ids", "attention_mask", "labels")},
+            **{name: batch[name][start:stop, :length] for name in of_rows},
             "query_index": index // width * length + index % width,
             "passage_input_ids": passage_ids_PL[:, :passage_length],
             "passage_attention_mask": passage_mask_PL[:, :passage_length],
         })  # fmt: skip
     return parts
+
+
+def _joined(rows: list[_Row]) -> _Row:
+    """One row of them all. The first token of each is no target: what stands before it is of another."""
+    joined = _Row([], [], [])
+    for row in rows:
+        joined.queries.extend((len(joined.ids) + place, passage) for place, passage in row.queries)
+        joined.ids.extend(row.ids)
+        joined.labels.extend([IGNORE, *row.labels[1:]])
+    return joined
 
 
 def _longest(mask: Tensor) -> int:

@@ -389,7 +389,7 @@ EXPORT void NAME(cosup_tile_grad, ISA)(const float* dot, float* out, int64_t R, 
   std::vector<float> scaled;
   if (col_a && !h) {
     const auto [low, high] = span(shift, a, R, col_shift, col_a, S);
-    if (low <= high && high - low <= SPAN) {  // not so if nothing has a weight
+    if (high - low <= SPAN) {
       scaled.resize(S);
       for (int64_t j = 0; j < S; ++j) scaled[j] = col_a[j] == 0.f ? 0.f : float(col_a[j] * std::exp(double(high) - col_shift[j]));
       columns.scaled = scaled.data();

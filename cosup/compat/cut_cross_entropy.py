@@ -1,0 +1,150 @@
+"""Apple's Cut Cross-Entropy, as its repository is called; release 25.1.1 on PyPI has fewer arguments.
+
+    z = e @ c.T + bias;  z = softcap * tanh(z / softcap)
+    lse[n] = logsumexp(z[n]);  loss[n] = lse[n] - z[n, targets[n]]
+
+Source: the signatures, docstrings and README of https://github.com/apple/ml-cross-entropy, arXiv:2411.09009.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cosup import losses
+from cosup.checks import check_positive, check_reduction
+from cosup.compat.tensors import check_tensors
+from cosup.distributed import sizes_of_ranks
+
+
+class LinearCrossEntropyImpl(enum.Enum):
+    """Names that ``impl`` may have. All mean the same here: cosup picks its kernels by device and dtype."""
+
+    CCE = enum.auto()
+    TORCH_COMPILE = enum.auto()
+    CCE_KAHAN = enum.auto()
+    CCE_KAHAN_FULL_C = enum.auto()
+    CCE_KAHAN_FULL_C_FULL_E = enum.auto()
+    CCE_EXACT = enum.auto()
+
+
+IMPLS = [impl.name.lower() for impl in LinearCrossEntropyImpl]
+
+
+@dataclass
+class VocabParallelOptions:
+    """That ``c`` and ``bias`` are rows ``start`` to ``stop`` of a whole that lies on the ranks of ``group``."""
+
+    start: int
+    stop: int
+    group: dist.ProcessGroup | None = None  # None: all processes
+
+    @classmethod
+    def from_vocab(cls, vocab_size: int, group: dist.ProcessGroup | None = None) -> VocabParallelOptions:
+        """Rows of this rank, where all have as many but the first few, which have one more."""
+        rank, (each, more) = dist.get_rank(group), divmod(vocab_size, dist.get_world_size(group))
+        start = rank * each + min(rank, more)
+        return cls(start, start + each + (rank < more), group)
+
+
+def linear_cross_entropy(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None, ignore_index: int = -100,
+                         softcap: float | None = None, reduction: str = "mean", shift: bool | int = 0,
+                         return_lse: bool = False, filter_eps: float | str | None = "auto", accum_e_fp32: bool = False,
+                         accum_c_fp32: bool = False, filter_e_grad: bool = True, filter_c_grad: bool = True,
+                         impl: str | LinearCrossEntropyImpl = LinearCrossEntropyImpl.CCE,
+                         vocab_parallel_options: VocabParallelOptions | None = None,
+                         ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """``cut_cross_entropy.linear_cross_entropy`` on :func:`cosup.linear_cross_entropy`; the formula is at the top.
+
+    Args:
+        e: [..., D]; float32, bfloat16, float16 or float64. Under autocast it and ``c`` take autocast's dtype.
+        c: [V, D], dtype and device of ``e``.
+        targets: [...] int64, in [0, V) or ``ignore_index``.
+        bias: [V].
+        softcap: Positive bound of the logits.
+        reduction: "mean" over targets not ignored, "sum" or "none".
+        shift: The row at t predicts ``targets[..., t + shift]``; True is 1. Less than the length T of ``targets``.
+        return_lse: Also return the log-sum-exp of each row; loss and log-sum-exp have gradients.
+        filter_eps: None, a number, "auto" or "high": no gradient is dropped, which satisfies each.
+        accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad: Without effect: partial sums are float32, and
+            gradients whole, in any case.
+        impl: One of :class:`LinearCrossEntropyImpl` or its name in lower case, without effect.
+        vocab_parallel_options: Rows of the whole head that ``c`` and ``bias`` are, in rank order. ``e`` and
+            ``targets``, among all V, are alike on every rank; so come out the loss and the gradient of ``e``.
+
+    Returns:
+        The loss in float32 (float64 for float64 ``e``): a scalar, or [..., T - shift] with ``reduction="none"``. With
+        ``return_lse`` the pair (loss, lse [..., T - shift]). Zeros at ignored rows. With no target left the loss is 0.
+
+    Raises:
+        ValueError: A wrong shape, dtype, device or option, named with what was wanted and what came.
+        IndexError: A target out of range (on CUDA a device-side assertion).
+    """
+    _check_without_effect(filter_eps, impl)
+    check_reduction(reduction)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    e, c, bias = check_tensors(("e", "c", "targets"), e, c, targets, bias)
+    length = targets.shape[-1] if targets.ndim else 1
+    if not isinstance(shift, int) or not (shift == 0 or 0 < shift < length):
+        raise ValueError(f"shift must be an integer in [0, {length}), got {shift!r}")
+    shift = int(shift)
+    group = None if vocab_parallel_options is None else _group(c, vocab_parallel_options)
+    head: dict[str, Any] = {"linear_bias": bias, "ignore_index": ignore_index, "logit_softcap": softcap,
+                            "shift": shift, "process_group": group}  # fmt: skip
+    if not return_lse:
+        loss: Any = losses.linear_cross_entropy(e, c, targets, reduction=reduction, **head)
+        return loss[..., : length - shift] if reduction == "none" and shift else loss
+    stats = losses.linear_log_prob(e, c, targets, **head)
+    rows, lse, predicted = stats.nll, stats.lse, targets
+    if shift:
+        rows, lse, predicted = rows[..., : length - shift], lse[..., : length - shift], targets[..., shift:]
+    if reduction != "none":
+        rows = rows.sum()
+    if reduction == "mean":
+        rows = rows / (predicted != ignore_index).sum().clamp(min=1)
+    return rows, lse
+
+
+class LinearCrossEntropy(nn.Module):
+    """``cut_cross_entropy.LinearCrossEntropy``: :func:`linear_cross_entropy` with its options at construction."""
+
+    def __init__(self, ignore_index: int = -100, softcap: float | None = None, reduction: str = "mean",
+                 shift: bool | int = 0, filter_eps: float | str | None = "auto", accum_e_fp32: bool = False,
+                 accum_c_fp32: bool = False, filter_e_grad: bool = True, filter_c_grad: bool = True,
+                 impl: str | LinearCrossEntropyImpl = LinearCrossEntropyImpl.CCE,
+                 return_lse: bool = False):  # fmt: skip
+        super().__init__()
+        _check_without_effect(filter_eps, impl)
+        self.ignore_index, self.softcap, self.reduction = ignore_index, softcap, reduction
+        self.shift, self.return_lse = shift, return_lse
+
+    def forward(self, e: Tensor, c: Tensor, targets: Tensor,
+                bias: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        return linear_cross_entropy(e, c, targets, bias, self.ignore_index, self.softcap, self.reduction, self.shift,
+                                    self.return_lse)  # fmt: skip
+
+
+def _check_without_effect(filter_eps, impl) -> None:
+    if not (filter_eps is None or filter_eps in ("auto", "high") or isinstance(filter_eps, float)):
+        raise ValueError(f'filter_eps must be None, a float, "auto" or "high", got {filter_eps!r}')
+    if (impl.name.lower() if isinstance(impl, enum.Enum) else impl) not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+
+
+def _group(c: Tensor, part: VocabParallelOptions) -> dist.ProcessGroup:
+    """The ranks of a head, whose parts must lie in rank order. Collective; an error is raised on every rank."""
+    group = part.group or dist.group.WORLD
+    if group is None:
+        raise ValueError("vocab_parallel_options must have processes to be parallel over, got no process group")
+    starts, stops, rows = sizes_of_ranks(group, c.device, part.start, part.stop, len(c))
+    if starts != [0, *stops[:-1]] or [b - a for a, b in zip(starts, stops, strict=True)] != rows:
+        ranges = [*zip(starts, stops, strict=True)]
+        raise ValueError(
+            f"vocab_parallel_options must be ranges in rank order of as many rows as c has, {rows}, got {ranges}"
+        )
+    return group

@@ -275,7 +275,8 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
             input_ids, attention_mask: [B, T] int64, padded at the right.
             query_index: [Q] int64, flat index b * T + t of each retrieval token. Q may be 0, and so may P.
             passage_input_ids, passage_attention_mask: [P, L] int64.
-            position_ids: [B, T] int64, of packed rows: they restart at 0 where an example begins, and none sees another.
+            position_ids: [B, T] int64, of packed rows: they restart at 0 where an example begins, and none sees
+                another.
 
         Raises ValueError for other shapes.
         """

@@ -29,7 +29,7 @@ class Roles(griffe.Extension):
     def __init__(self) -> None:
         super().__init__()
         names = re.findall(r"^::: (\S+)$", (HERE / "api.md").read_text(), re.MULTILINE)
-        self.places = {part: name for name in names for part in (name, name.rpartition(".")[2])}
+        self.places = {name.rpartition(".")[2]: name for name in reversed(names)} | {name: name for name in names}
 
     def on_object(self, *, obj: griffe.Object, **_) -> None:
         if obj.docstring is None:

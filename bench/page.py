@@ -53,7 +53,7 @@ def page(folder: Path) -> str:
             continue
         for problem in problems:
             parts.append(", ".join(f"{name} {value}" for name, value in problem["size"].items()) + ":\n")
-            parts.append(_markdown(report.table(problem)))
+            parts.append(_markdown(report.cells(problem)))
             if remarks := report.remarks(problem):
                 parts.append("\n".join(f"- {line}" for line in remarks) + "\n")
     return "\n".join(parts)

@@ -48,10 +48,25 @@ def summarise(rows: list[dict[str, Any]], *, size: dict[str, Any], products: tup
     return {"size": size, "flop": flop, "absent": absent, "rows": rows}
 
 
-def table(record: dict[str, Any]) -> list[list[str]]:
-    """A header, and a row of text for each method of one problem; columns that none has are left out."""
-    rows = record["rows"]
-    unit, rate = TERA if any((row["flop_per_second"] or 0) >= 1e13 for row in rows) else GIGA
+def show(title: str, record: dict[str, Any]) -> None:
+    """Print the table of one problem; below it what failed and what was left out."""
+    head, *rows = cells(record)
+    table = Table(title=f"{title}  {record['size']}  {device_name()}")
+    table.add_column(head[0], no_wrap=True)
+    for column in head[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=160)
+    console.print(table)
+    for line in remarks(record):
+        console.print(line, markup=False, highlight=False)
+
+
+def cells(record: dict[str, Any]) -> list[list[str]]:
+    """The table of one problem, its head first. A column in which nothing stands is left out."""
+    fastest = max((row["flop_per_second"] or 0 for row in record["rows"]), default=0)
+    unit, rate = TERA if fastest >= 1e13 else GIGA  # by the record alone: its page is the same on every machine
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "method": lambda row: row["method"],
         "forward ms": lambda row: _cell(row.get("forward_seconds"), lambda s: f"{1e3 * min(s):.1f}"),
@@ -66,29 +81,14 @@ def table(record: dict[str, Any]) -> list[list[str]]:
         "dw row error": lambda row: _cell(row.get("dw_row_error"), "{:.1e}".format),
         "/ none ignored": lambda row: _cell(row["dense_ratio"], "{:.2f}".format),
     }
-    cells = [[name, *map(text, rows)] for name, text in columns.items()]
-    return [list(line) for line in zip(*(column for column in cells if any(column[1:])), strict=True)]
+    written = [[name, *(text(row) for row in record["rows"])] for name, text in columns.items()]
+    return [list(line) for line in zip(*(column for column in written if any(column[1:])), strict=True)]
 
 
 def remarks(record: dict[str, Any]) -> list[str]:
-    """What failed and what was left out."""
+    """What failed in a problem, and what was left out."""
     failed = [f"{row['method']}: failed: {row['failed']}" for row in record["rows"] if row["failed"]]
     return failed + [f"{name}: skipped: {why}" for name, why in record["absent"].items()]
-
-
-def show(title: str, record: dict[str, Any]) -> None:
-    """Print the table of one problem; below it what failed and what was left out."""
-    header, *rows = table(record)
-    printed = Table(title=f"{title}  {record['size']}  {device_name()}")
-    printed.add_column(header[0], no_wrap=True)
-    for name in header[1:]:
-        printed.add_column(name, justify="right")
-    for row in rows:
-        printed.add_row(*row)
-    console = Console(width=160)
-    console.print(printed)
-    for line in remarks(record):
-        console.print(line, markup=False, highlight=False)
 
 
 def save(title: str, records: list[dict[str, Any]]) -> dict[str, Any]:

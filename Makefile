@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/installed
 	$(BIN)/cosup demo $(ARGS)
@@ -14,11 +14,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 .venv/installed: setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "cosup needs Python 3.10 or later: make PYTHON=python3.x"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet pip==26.3
-	$(BIN)/pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable ".[dev,gguf]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable ".[dev,docs,gguf]"
 	$(BIN)/pip install --quiet --no-deps open_clip_torch==3.3.0  # one file of it is compared with; the rest needs torchvision
 	touch $@
 

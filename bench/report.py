@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +50,25 @@ def summarise(rows: list[dict[str, Any]], *, size: dict[str, Any], products: tup
 
 def show(title: str, record: dict[str, Any]) -> None:
     """Print the table of one problem; below it what failed and what was left out."""
-    unit, rate = TERA if torch.cuda.is_available() else GIGA
-    columns = {
+    head, *rows = cells(record)
+    table = Table(title=f"{title}  {record['size']}  {device_name()}")
+    table.add_column(head[0], no_wrap=True)
+    for column in head[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=160)
+    console.print(table)
+    for line in remarks(record):
+        console.print(line, markup=False, highlight=False)
+
+
+def cells(record: dict[str, Any]) -> list[list[str]]:
+    """The table of one problem, its head first. A column in which nothing stands is left out."""
+    fastest = max((row["flop_per_second"] or 0 for row in record["rows"]), default=0)
+    unit, rate = TERA if fastest >= 1e13 else GIGA  # by the record alone: its page is the same on every machine
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "method": lambda row: row["method"],
         "forward ms": lambda row: _cell(row.get("forward_seconds"), lambda s: f"{1e3 * min(s):.1f}"),
         "fwd+bwd ms": lambda row: _cell(row["seconds"], lambda s: f"{1e3 * min(s):.1f}"),
         "spread": lambda row: _cell(row["seconds"], lambda s: f"{max(s) / min(s):.2f}"),
@@ -62,21 +81,14 @@ def show(title: str, record: dict[str, Any]) -> None:
         "dw row error": lambda row: _cell(row.get("dw_row_error"), "{:.1e}".format),
         "/ none ignored": lambda row: _cell(row["dense_ratio"], "{:.2f}".format),
     }
-    if all(row["dense_ratio"] is None for row in record["rows"]):
-        del columns["/ none ignored"]
-    table = Table(title=f"{title}  {record['size']}  {device_name()}")
-    table.add_column("method", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in record["rows"]:
-        table.add_row(row["method"], *(text(row) for text in columns.values()))
-    console = Console(width=160)
-    console.print(table)
-    for row in record["rows"]:
-        if row["failed"]:
-            console.print(f"{row['method']}: failed: {row['failed']}", markup=False, highlight=False)
-    for name, why in record["absent"].items():
-        console.print(f"{name}: skipped: {why}", markup=False, highlight=False)
+    written = [[name, *(text(row) for row in record["rows"])] for name, text in columns.items()]
+    return [list(line) for line in zip(*(column for column in written if any(column[1:])), strict=True)]
+
+
+def remarks(record: dict[str, Any]) -> list[str]:
+    """What failed in a problem, and what was left out."""
+    failed = [f"{row['method']}: failed: {row['failed']}" for row in record["rows"] if row["failed"]]
+    return failed + [f"{name}: skipped: {why}" for name, why in record["absent"].items()]
 
 
 def save(title: str, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -90,8 +102,11 @@ def save(title: str, records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    return {"device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    program = Path(sys.argv[0]).name
+    command = ["python", f"bench/{program}"] if program.endswith(".py") else [program]
+    return {"command": shlex.join([*command, *sys.argv[1:]]), "device": device_name(), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d")}  # fmt: skip
 
 
 def device_name() -> str:

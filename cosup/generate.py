@@ -31,19 +31,30 @@ FinishedBy = Literal["eos", "length", "context"]
 
 @dataclass(frozen=True)
 class RetrievedPassage:
+    """A passage that Gen asked for.
+
+    Attributes:
+        passage: what the index gave.
+        score: inner product of the query and the passage vector.
+        position: of its [Ret] in Generation.tokens.
+        char: of its place in Generation.text.
+    """
+
     passage: Passage
-    score: float  # inner product of the query and the passage vector
-    position: int  # of its [Ret] in Generation.tokens
-    char: int  # of its place in Generation.text
+    score: float
+    position: int
+    char: int
 
 
 @dataclass(frozen=True)
 class Generation:
     """The output for one prompt.
 
-    text: what Gen wrote, without control tokens and passages.
-    tokens: all that followed the prompt, control tokens and passages too.
-    finished_by: "eos", "length" (max_new_tokens) or "context" (max_length).
+    Attributes:
+        text: what Gen wrote, without control tokens and passages.
+        passages: what was fetched, in order.
+        tokens: all that followed the prompt, control tokens and passages too.
+        finished_by: "eos", "length" (max_new_tokens) or "context" (max_length).
     """
 
     text: str
@@ -100,13 +111,15 @@ class RetrievalGeneration:
         [Ret]. [Ret] cannot be chosen once max_retrievals is reached or nothing of a passage would fit, [Ce] only where
         a [Cs] is open, the other control tokens never; the model chooses among the rest.
 
-        max_new_tokens: tokens that the model chooses, a row; passages and what is put in around them don't count.
-        max_length: most tokens of a row, prompt and passages included; the last passage is cut to fit. None: what the
-            model has positions for, if it says so.
-        do_sample: from softmax(logits / temperature) within the nucleus top_p; else the likeliest token. With a seed
-            a row's draws depend on the seed and its place in the batch, not on the other rows. None: seeded by torch.
-        use_cache: False computes every row from scratch for every token: slow, and the same tokens.
-        on_text: called with (row, piece) as text comes; the pieces of a row add up to its text.
+        Args:
+            max_new_tokens: tokens that the model chooses, a row; passages and what is put in around them don't count.
+            max_length: most tokens of a row, prompt and passages included; the last passage is cut to fit. None: what
+                the model has positions for, if it says so.
+            do_sample: from softmax(logits / temperature) within the nucleus top_p; else the likeliest token. With a
+                seed a row's draws depend on the seed and its place in the batch, not on the other rows. None: seeded
+                by torch.
+            use_cache: False computes every row from scratch for every token: slow, and the same tokens.
+            on_text: called with (row, piece) as text comes; the pieces of a row add up to its text.
 
         Raises ValueError for options out of range, prompts that are no list or leave no room, an index of another
         width, and a Gen whose cache cannot be kept exactly (with use_cache).

@@ -87,9 +87,10 @@ class SequenceIndex:
     ) -> "SequenceIndex":
         """Embed the passages batch by batch, in order.
 
-        embed: up to batch_size passages -> [P, D], any float dtype, any device.
-        factory: a FAISS index factory string. One that has to be trained ("IVF64,Flat") is trained on all vectors,
-            which are kept until then (4 * M * D bytes, as many as "Flat" holds anyway).
+        Args:
+            embed: up to batch_size passages -> [P, D], any float dtype, any device.
+            factory: a FAISS index factory string. One that has to be trained ("IVF64,Flat") is trained on all vectors,
+                which are kept until then (4 * M * D bytes, as many as "Flat" holds anyway).
 
         Raises ValueError for an empty corpus, an id that comes twice, vectors of a wrong shape or not finite (naming
         the passage), a factory that FAISS does not know or cannot train on so few passages.
@@ -227,7 +228,9 @@ class SequenceIndex:
     def load(cls, folder: str | Path, fingerprint: str | None) -> "SequenceIndex":
         """Read a saved index; both files are checked against the manifest before they are opened.
 
-        fingerprint: of the model that will search (`GenCtxModel.fingerprint()`); None: not checked, at your own risk.
+        Args:
+            fingerprint: of the model that will search (`GenCtxModel.fingerprint()`); None: not checked, at your own
+                risk.
 
         Raises ValueError for a missing, truncated or changed file, a manifest of another format, an index of another
         model, and parts that do not belong together. The manifest guards against damage, not against a forger.

@@ -26,12 +26,23 @@ LowRank = tuple[Tensor, Tensor, float] | tuple[Tensor, Tensor]
 
 
 class CoSupervisionOutput(NamedTuple):
+    """What :func:`co_supervision_loss` returns.
+
+    Attributes:
+        loss: ntp_loss + nsp_weight * nsp_loss, or one of the two.
+        ntp_loss: Of next tokens.
+        nsp_loss: Of next sequences.
+        ntp_count: int64, next-token targets.
+        nsp_count: Queries.
+        nsp_stats: Of each query; None without queries, and in mode "ntp".
+    """
+
     loss: Tensor
     ntp_loss: Tensor
     nsp_loss: Tensor
-    ntp_count: Tensor  # int64, NTP targets
-    nsp_count: int  # queries
-    nsp_stats: RowStats | None  # None without queries, and in mode "ntp"
+    ntp_count: Tensor
+    nsp_count: int
+    nsp_stats: RowStats | None
 
 
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
@@ -135,8 +146,9 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
 
     Args:
         temperature: Positive divisor of the logits, after the softcap.
-        input, linear_weight, target, linear_bias, ignore_index, logit_scale, logit_softcap, shift, lora,
-            process_group, batch_invariant, workspace_bytes, backend: As in :func:`linear_cross_entropy`.
+        input, linear_weight, target, linear_bias, ignore_index: As in :func:`linear_cross_entropy`.
+        logit_scale, logit_softcap, shift, lora, process_group: The same.
+        batch_invariant, workspace_bytes, backend: The same.
 
     Returns:
         :class:`RowStats`, each field [...], float32 (float64 for float64 input); zeros at ignored rows.

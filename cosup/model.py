@@ -50,11 +50,18 @@ _CONFIG, _EXTRA = "cosup_config.json", "cosup.safetensors"
 class GenCtxConfig:
     """What decides the meaning of a Gen/Ctx pair, kept with its weights.
 
-    pooling: a passage is the mean of its real tokens, its last real token, or an appended [Emb] ("token").
-    shared_weights: Ctx is Gen's own decoder.
-    passage_in_ntp: passage tokens are targets of next-token prediction too.
-    mode: the loss is L_NTP + nsp_weight * L_NSP ("joint"), or one of the two alone.
-    unique_passages: a passage that comes twice in a batch is one candidate, never its own negative.
+    Args:
+        pooling: a passage is the mean of its real tokens, its last real token, or an appended [Emb] ("token").
+        shared_weights: Ctx is Gen's own decoder.
+        normalize: queries and passages are compared by cosine.
+        temperature: divides the similarities.
+        learn_temperature: its logarithm is trained.
+        passage_in_ntp: passage tokens are targets of next-token prediction too.
+        nsp_weight: weight of the next-sequence loss.
+        mode: the loss is L_NTP + nsp_weight * L_NSP ("joint"), or one of the two alone.
+        unique_passages: a passage that comes twice in a batch is one candidate, never its own negative.
+        max_length: most tokens of a Gen row.
+        max_passage_length: most tokens of a passage.
     """
 
     pooling: Pooling = "mean"
@@ -193,9 +200,13 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
     ) -> "GenCtxModel":
         """A folder that `save_pretrained` wrote, or a new pair of any two hub ids or model folders.
 
-        ctx: None for the same as gen. config: of a saved folder it overrides what was saved, but for shared_weights.
-        dtype: of the weights; float32 to train (mixed precision is the trainer's). num_layers: keep the first layers
-        of both. attn_implementation: as in transformers.
+        Args:
+            gen: hub id or folder, or a saved pair.
+            ctx: None for the same as gen.
+            config: of a saved folder it overrides what was saved, but for shared_weights.
+            dtype: of the weights; float32 to train (mixed precision is the trainer's).
+            attn_implementation: as in transformers.
+            num_layers: keep the first layers of both.
 
         Raises ValueError, naming the argument and the folder or hub id, where one cannot be loaded.
         """
@@ -227,8 +238,11 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write gen/ and ctx/ (each a model folder of transformers with its tokenizer), the rest and the config.
 
-        state_dict: the weights to write, where the model itself holds shards of them. The config is written last: a
-        folder without it is not a saved pair.
+        The config is written last: a folder without it is not a saved pair.
+
+        Args:
+            folder: made where it is not there.
+            state_dict: the weights to write, where the model itself holds shards of them.
         """
         weights = self.state_dict() if state_dict is None else state_dict
         folder = Path(folder)
@@ -257,9 +271,12 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
     ) -> GenCtxOutput:
         """Hidden states, queries and passage vectors of a batch of `GenCtxCollator`; what the losses need.
 
-        input_ids, attention_mask: [B, T] int64, padded at the right. query_index: [Q] int64, flat index b * T + t of
-        each retrieval token. passage_input_ids, passage_attention_mask: [P, L] int64. Q and P may be 0.
-        position_ids: [B, T] int64, of packed rows: they restart at 0 where an example begins, and none sees another.
+        Args:
+            input_ids, attention_mask: [B, T] int64, padded at the right.
+            query_index: [Q] int64, flat index b * T + t of each retrieval token. Q may be 0, and so may P.
+            passage_input_ids, passage_attention_mask: [P, L] int64.
+            position_ids: [B, T] int64, of packed rows: they restart at 0 where an example begins, and none sees
+                another.
 
         Raises ValueError for other shapes.
         """

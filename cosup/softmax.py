@@ -21,14 +21,22 @@ class RowStats(NamedTuple):
     """What one pass over the logits says of each row; all [N], zeros at ignored rows.
 
     No gradients, but for those of ``nll``, ``lse``, ``log_prob`` and ``entropy`` from :func:`linear_log_prob`.
+
+    Attributes:
+        nll: -log p[target], nats.
+        lse: log sum exp of the logits.
+        log_prob: log p[target] = -nll.
+        entropy: -sum p log p, nats.
+        rank: int64, 1 + number of columns whose logit is above the target's; the last for a row of NaN.
+        top1: bool, rank == 1 and no NaN.
     """
 
-    nll: Tensor  # -log p[target], nats
-    lse: Tensor  # log sum exp of the logits
-    log_prob: Tensor  # log p[target] = -nll
-    entropy: Tensor  # -sum p log p, nats
-    rank: Tensor  # int64, 1 + number of columns whose logit is above the target's; the last for a row of NaN
-    top1: Tensor  # bool, rank == 1 and no NaN
+    nll: Tensor
+    lse: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+    rank: Tensor
+    top1: Tensor
 
 
 def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Tensor | None = None,

@@ -161,6 +161,7 @@ class CoSupTrainer(Trainer):
     """Trains a `GenCtxModel` as its config says; logs both losses, retrieval accuracy, speed and memory.
 
     Logged beside transformers' own, over the steps since the last log:
+
         loss, ntp_loss, nsp_loss   mean over the steps; loss = ntp_loss + nsp_weight * nsp_loss in mode "joint"
         retrieval_accuracy         share of queries whose passage comes first among all candidates of its batch
         tokens_per_second          real tokens (no padding) of Gen and Ctx rows; logging, saving, evaluation not timed
@@ -169,7 +170,8 @@ class CoSupTrainer(Trainer):
     Args:
         model: moved to the device of `args`. Its weights should be float32; `args.bf16` and the like are autocast.
         args: `CoSupConfig` or plain TrainingArguments.
-        train_dataset, eval_dataset: instances. passages: all that they name, by id.
+        train_dataset, eval_dataset: instances.
+        passages: all that they name, by id.
 
     Over several processes all this is over all of them, the peak memory excepted. A batch has
     per_device_train_batch_size instances of each; an epoch's last is filled up with some of its first. Sharded by FSDP2

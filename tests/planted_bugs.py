@@ -40,6 +40,7 @@ PATCHING, PATCH = "cosup/patching.py", "tests/test_patching.py"
 PACKING = "tests/test_packing.py"
 SENTENCES, OF_SENTENCES = "cosup/integrations/sentence_transformers.py", "tests/test_integrations_sentence_transformers.py"
 ARCHITECTURES = "tests/test_patching_architectures.py"
+SITE = "tests/test_site.py"
 PAIRS, SIGMOID = "tests/test_sigmoid.py", "kernels/tile_sigmoid.py"
 BUGS = [
     Bug("loss: log-sum-exp rounds first", "kernels/reference.py", "self.sum.log() + (self.max - self.target)",
@@ -373,6 +374,13 @@ BUGS = [
     Bug("patch: refused, but left patched", PATCHING, "    except ValueError:\n        state.undo()\n", "    except ValueError:\n", PATCH + " -k may_not"),
     Bug("patch: logits in a list not refused", PATCHING, "next(leaf for leaf in tree_leaves((args, kwargs)) if", "next(leaf for leaf in args if",
         PATCH + " -k may_not"),
+    Bug("site: fonts from elsewhere", "mkdocs.yml", "  font: false", "  font: {text: Roboto}", SITE + " -k fetches"),
+    Bug("site: a public name without its entry", "docs/api.md", "::: cosup.info_nce\n", "", SITE + " -k public_name"),
+    Bug("site: roles as they stand", "docs/site_hooks.py", 'ROLE.sub(r"\\1" if bare else self._link, line)', "line", SITE + " -k left_over"),
+    Bug("site: links within formulas", "docs/site_hooks.py", "bare = formulas and", "bare = False and", SITE + " -k left_over"),
+    Bug("site: fences with the tests' marks", "docs/site_hooks.py", 'MARKED.sub("```python", markdown)', "markdown", SITE + " -k left_over"),
+    Bug("benchmarks: the slowest round", "bench/report.py", '_cell(row["seconds"], lambda s: f"{1e3 * min(s):.1f}")',
+        '_cell(row["seconds"], lambda s: f"{1e3 * max(s):.1f}")', SITE + " -k of_the_results"),
 ]  # fmt: skip
 
 

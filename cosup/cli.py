@@ -55,11 +55,18 @@ def quiet() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    json_object: Annotated[
+        bool, typer.Option("--json", help='One JSON object: {"GPU": {"state": "...", "advice": "..."}, ...}.')
+    ] = False,
+) -> None:
     """Say which kernels are active, versions, GPU, and what to do about what is missing."""
-    from cosup.doctor import show
+    from cosup.doctor import as_json, show
 
-    show()
+    if json_object:
+        print(as_json())
+    else:
+        show()
 
 
 @data.command("wiki")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import shutil
 from typing import NamedTuple
@@ -45,6 +46,11 @@ def show() -> None:
     for finding in examine():
         table.add_row(*finding)
     Console().print(table)
+
+
+def as_json() -> str:
+    """The table as one object: {what: {"state": ..., "advice": ...}}; the advice is "" where nothing is to be done."""
+    return json.dumps({name: {"state": state, "advice": advice} for name, state, advice in examine()}, indent=2)
 
 
 def _package(name: str) -> Finding:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,10 @@ from cosup.walk import cost, resolve
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    print(json.dumps(run(arguments)))
+
+
+def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser("cosup bench info_nce", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     parser.add_argument("--shape", type=int, nargs=3, default=[8192, 8192, 256], metavar=("N", "M", "D"))
@@ -66,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                               stated_bytes=blocks.workspace_bytes)  # fmt: skip
     title = "info_nce" + "_symmetric" * args.symmetric
     report.show(title, record)
-    print(json.dumps(report.save(title, [record])))
+    return report.save(title, [record])
 
 
 if __name__ == "__main__":

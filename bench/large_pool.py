@@ -10,6 +10,8 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,13 +19,18 @@ from cosup import info_nce
 from cosup.bench import report
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    print(json.dumps(run(arguments)))
+
+
+def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser("cosup bench large-pool", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     parser.add_argument("--shape", type=int, nargs=3, default=[1024, 1 << 20, 256], metavar=("N", "M", "D"))
     parser.add_argument("--workspace-mib", type=int, default=256)
     parser.add_argument("--normalize", action="store_true", help="vectors are not of unit length yet")
     parser.add_argument("--symmetric", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     n, m, d = args.shape
     torch.manual_seed(0)
     length = 1.0 if args.normalize else d**-0.5  # about that of a unit
@@ -37,9 +44,14 @@ def main() -> None:
     loss.backward()
     seconds = time.perf_counter() - start
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({**report.environment(), **vars(args), "loss": loss.item(), "seconds": round(seconds, 2),
-                      "resident_GB": round(resident / 1e9, 2),
-                      "candidates_and_gradient_GB": round(2 * candidates.nbytes / 1e9, 2)}))  # fmt: skip
+    size = {
+        "N": n, "M": m, "D": d, "workspace_MiB": args.workspace_mib, "normalize": args.normalize,
+        "symmetric": args.symmetric, "candidates_and_gradient_GB": round(2 * candidates.nbytes / 1e9, 2),
+    }  # fmt: skip
+    row = {"method": "cosup", "failed": None, "seconds": [seconds], "resident_bytes": resident, "loss": loss.item()}
+    record = {"size": size, "rows": [row], "absent": {}}
+    report.show("large_pool", record, "cpu")
+    return report.save("large_pool", [record], "cpu")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    print(json.dumps(run(arguments)))
+
+
+def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser("cosup bench linear_cross_entropy", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
@@ -60,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         records.append(_run(*operands, args, device))
         report.show(title, records[-1])
-        run = report.save(title, records)  # after each: a later one may take the process down
-    print(json.dumps(run))
+        saved = report.save(title, records)  # after each: a later one may take the process down
+    return saved
 
 
 def _run(x: Tensor, w: Tensor, target: Tensor, args: argparse.Namespace, device: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from cosup.bench import report
 
@@ -29,6 +28,9 @@ found and given up is in [bench/LOG.md](../bench/LOG.md).
 | workspace MB | peak of memory above inputs and gradients |
 | / stated | that peak over the one that cosup's plan states |
 | dx error, dw error | relative to float64's gradient, Frobenius norms; "dw row error": mean over the rows |
+| step ms, model ms | forward and backward, and what the cost model says |
+| / plain | time over the model's without cosup |
+| step MB, resident MB | the most that a step takes; the most that the process held |
 | / none ignored | time over that with no label ignored |
 """
 
@@ -47,25 +49,12 @@ def page(folder: Path) -> str:
         versions = f"torch {run['torch']}, Python {run['python']}"
         made = f"`{run['command']}`, {run['device']}, {run['threads']} threads, {versions}, {run['date']}"
         parts.append(f"## {path.stem}\n\n{made}.\n")
-        problems = run["problems"]
-        if any("rows" not in problem for problem in problems):
-            parts.append(_markdown(_flat(problems)))
-            continue
-        for problem in problems:
+        for problem in run["problems"]:
             parts.append(", ".join(f"{name} {value}" for name, value in problem["size"].items()) + ":\n")
             parts.append(_markdown(report.cells(problem)))
             if remarks := report.remarks(problem):
                 parts.append("\n".join(f"- {line}" for line in remarks) + "\n")
     return "\n".join(parts)
-
-
-def _flat(problems: list[dict[str, Any]]) -> list[list[str]]:
-    """Problems that are one row each."""
-    return [[*problems[0]], *([_number(value) for value in problem.values()] for problem in problems)]
-
-
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _markdown(table: list[list[str]]) -> str:

@@ -5,8 +5,8 @@ python bench/patched_model.py [--vocabulary 49152] [--batch 8 512] [--layers 2] 
 A step is forward, backward and AdamW. Each model has a process of its own, and they take their steps in turn, so that
 the machine is alike to both.
 
-    resident_MB    the most that the process ever held: libraries, weights, optimizer, and a step
-    step_MB        the same above what it held before the last step: activations, gradients and the loss
+    resident_bytes    the most that the process ever held: libraries, weights, optimizer, and a step
+    step_bytes        the same above what it held before the last step: activations, gradients and the loss
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import psutil
 import torch
@@ -28,42 +31,58 @@ from cosup.bench import report
 MODELS = ("plain", "patched")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    print(json.dumps(run(arguments)))
+
+
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("cosup bench patched-model", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--batch", type=int, nargs=2, default=[8, 512], metavar=("ROWS", "TOKENS"))
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=576, help="a multiple of 64")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--model", choices=MODELS, help=argparse.SUPPRESS)  # a process of one model
-    args = parser.parse_args()
-    if args.model:
-        take_steps(args)
-        return
-    command = [sys.executable, __file__, *sys.argv[1:], "--model"]
+    return parser.parse_args(arguments)
+
+
+def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = options(arguments)
+    command = [sys.executable, __file__, *arguments, "--model"]
     processes = {
         name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for name in MODELS
     }
-    rows: dict[str, list[dict]] = {name: [] for name in MODELS}
+    steps: dict[str, list[dict[str, Any]]] = {name: [] for name in MODELS}
     for _ in range(args.steps):
         for name, process in processes.items():
             assert process.stdin and process.stdout
-            process.stdin.write("step\n")
-            process.stdin.flush()
-            rows[name].append(json.loads(process.stdout.readline()))
+            with suppress(BrokenPipeError):  # it is gone: told below
+                process.stdin.write("step\n")
+                process.stdin.flush()
+                steps[name] += [json.loads(line) for line in [process.stdout.readline()] if line]
+    rows = [_row(name, steps[name], args.steps) for name in MODELS]
     for process in processes.values():
-        process.communicate()
-    record: dict = {
-        name: {"seconds": [row["seconds"] for row in of], "resident_MB": of[-1]["resident_MB"],
-               "step_MB": of[-1]["resident_MB"] - of[-1]["before_MB"], "loss": [row["loss"] for row in of]}
-        for name, of in rows.items()
-    }  # fmt: skip
-    plain, patched = (record[name] for name in MODELS)
-    for what in ("resident_MB", "step_MB"):
-        record[f"{what}_ratio"] = round(patched[what] / plain[what], 3)
-    record["seconds_ratio"] = round(min(patched["seconds"]) / min(plain["seconds"]), 3)
-    print(json.dumps({**report.environment(), **vars(args), **record}))
+        with suppress(BrokenPipeError):
+            process.communicate()
+    plain, patched = rows
+    if not plain["failed"] and not patched["failed"]:
+        patched["plain_ratio"] = min(patched["step_seconds"]) / min(plain["step_seconds"])
+    size = {name: getattr(args, name) for name in ("vocabulary", "batch", "layers", "width")}
+    record = {"size": size, "rows": rows, "absent": {}}
+    report.show("patched_model", record, "cpu")
+    return report.save("patched_model", [record], "cpu")
+
+
+def _row(name: str, steps: list[dict[str, Any]], wanted: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": name, "failed": None, "step_seconds": [step["seconds"] for step in steps]}
+    if len(steps) < wanted:
+        return row | {"failed": f"its process ended in step {len(steps) + 1}", "step_seconds": []}
+    last = steps[-1]
+    return row | {"step_bytes": last["resident_bytes"] - last["before_bytes"], "resident_bytes": last["resident_bytes"],
+                  "loss": [step["loss"] for step in steps]}  # fmt: skip
 
 
 def take_steps(args: argparse.Namespace) -> None:
@@ -88,10 +107,13 @@ def take_steps(args: argparse.Namespace) -> None:
         optimizer.step()
         seconds = time.perf_counter() - start
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        row = {"seconds": round(seconds, 3), "before_MB": round(before / 1e6), "resident_MB": round(resident / 1e6),
-               "loss": round(loss.item(), 5)}  # fmt: skip
+        row = {"seconds": seconds, "before_bytes": before, "resident_bytes": resident, "loss": loss.item()}
         print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    alone = options(sys.argv[1:])
+    if alone.model:
+        take_steps(alone)
+    else:
+        main()

@@ -49,24 +49,31 @@ def model(n: int, m: int, d: int, world: int, item: int, layout: str, symmetric:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    print(json.dumps(run(arguments)))
+
+
+def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser("cosup bench ranks", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rows", type=int, nargs=3, default=[2048, 8192, 256], metavar=("N", "M", "D"))
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(arguments)
-    records = []
+    title, saved = "ranks" + "_symmetric" * args.symmetric, {}
+    records: list[dict[str, Any]] = []
     for world in args.ranks:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         results = mp.get_context("spawn").SimpleQueue()
         mp.start_processes(_rank, (world, port, vars(args), results), nprocs=world, start_method="spawn")
-        records += [results.get() for _ in range(2 if world > 1 else 1)]
-        print(*(json.dumps(record) for record in records[-2:]), sep="\n", flush=True)
-    title = "ranks" + "_symmetric" * args.symmetric
-    path = report.RESULTS / f"{title}_cpu.json"
-    path.write_text(json.dumps({"title": title, **report.environment(), "problems": records}, indent=1) + "\n")
+        size = {"ranks": world, **dict(zip("NMD", args.rows, strict=True)), "symmetric": args.symmetric}
+        rows = [results.get() for _ in range(2 if world > 1 else 1)]
+        records.append({"size": size, "rows": rows, "absent": {}})
+        report.show(title, records[-1], "cpu")
+        saved = report.save(title, records, "cpu")
+    return saved
 
 
 def _rank(rank: int, world: int, port: int, args: dict[str, Any], results: Any) -> None:
@@ -113,12 +120,11 @@ def _rank(rank: int, world: int, port: int, args: dict[str, Any], results: Any) 
         if rank == 0:
             mean = {name: statistics.mean(s[name] for s in found) for name in seconds}  # type: ignore[index]
             results.put({
-                "ranks": world, "layout": layout, "N": n, "M": m, "D": d, "symmetric": symmetric, "FLOP": flop,
-                "wire_bytes": wire, "FLOP_per_second": flop / mean["products"],
+                "method": layout, "failed": None, "step_seconds": [mean["step"]],
+                "model_seconds": mean["products"] + mean["tiles"] + (mean["wire"] if wire else 0.0),
+                "step_bytes": int(memory), "FLOP": flop, "wire_bytes": wire, "FLOP_per_second": flop / mean["products"],
                 "logits_per_second": n * m * world / mean["tiles"],
                 "bytes_per_second": wire / mean["wire"] if wire else None,
-                "model_seconds": mean["products"] + mean["tiles"] + (mean["wire"] if wire else 0.0),
-                "step_seconds": mean["step"], "peak_bytes": int(memory),
             })  # fmt: skip
     dist.barrier()
     os._exit(0)  # gloo's threads may abort a process that unwinds

@@ -48,10 +48,10 @@ def summarise(rows: list[dict[str, Any]], *, size: dict[str, Any], products: tup
     return {"size": size, "flop": flop, "absent": absent, "rows": rows}
 
 
-def show(title: str, record: dict[str, Any]) -> None:
-    """Print the table of one problem; below it what failed and what was left out."""
+def show(title: str, record: dict[str, Any], device: str | None = None) -> None:
+    """Print the table of one problem; below it what failed and what was left out. device: as of `save`."""
     head, *rows = cells(record)
-    table = Table(title=f"{title}  {record['size']}  {device_name()}")
+    table = Table(title=f"{title}  {record['size']}  {device_name(device)}")
     table.add_column(head[0], no_wrap=True)
     for column in head[1:]:
         table.add_column(column, justify="right")
@@ -65,21 +65,26 @@ def show(title: str, record: dict[str, Any]) -> None:
 
 def cells(record: dict[str, Any]) -> list[list[str]]:
     """The table of one problem, its head first. A column in which nothing stands is left out."""
-    fastest = max((row["flop_per_second"] or 0 for row in record["rows"]), default=0)
+    fastest = max((row.get("flop_per_second") or 0 for row in record["rows"]), default=0)
     unit, rate = TERA if fastest >= 1e13 else GIGA  # by the record alone: its page is the same on every machine
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "method": lambda row: row["method"],
         "forward ms": lambda row: _cell(row.get("forward_seconds"), lambda s: f"{1e3 * min(s):.1f}"),
-        "fwd+bwd ms": lambda row: _cell(row["seconds"], lambda s: f"{1e3 * min(s):.1f}"),
-        "spread": lambda row: _cell(row["seconds"], lambda s: f"{max(s) / min(s):.2f}"),
-        "x GEMMs": lambda row: _cell(row["ratio"], "{:.3f}".format),
-        rate: lambda row: _cell(row["flop_per_second"], lambda f: f"{f / unit:.0f}"),
-        "workspace MB": lambda row: _cell(row["workspace_bytes"], lambda b: f"{b / 1e6:.1f}"),
-        "/ stated": lambda row: _cell(row["stated_bytes"], lambda b: f"{row['workspace_bytes'] / b:.3f}"),
+        "fwd+bwd ms": lambda row: _cell(row.get("seconds"), lambda s: f"{1e3 * min(s):.1f}"),
+        "step ms": lambda row: _cell(row.get("step_seconds"), lambda s: f"{1e3 * min(s):.1f}"),
+        "model ms": lambda row: _cell(row.get("model_seconds"), lambda s: f"{1e3 * s:.1f}"),
+        "spread": lambda row: _cell(row.get("seconds"), lambda s: f"{max(s) / min(s):.2f}"),
+        "x GEMMs": lambda row: _cell(row.get("ratio"), "{:.3f}".format),
+        "/ plain": lambda row: _cell(row.get("plain_ratio"), "{:.3f}".format),
+        rate: lambda row: _cell(row.get("flop_per_second"), lambda f: f"{f / unit:.0f}"),
+        "workspace MB": lambda row: _cell(row.get("workspace_bytes"), lambda b: f"{b / 1e6:.1f}"),
+        "/ stated": lambda row: _cell(row.get("stated_bytes"), lambda b: f"{row['workspace_bytes'] / b:.3f}"),
+        "step MB": lambda row: _cell(row.get("step_bytes"), lambda b: f"{b / 1e6:.1f}"),
+        "resident MB": lambda row: _cell(row.get("resident_bytes"), lambda b: f"{b / 1e6:.0f}"),
         "dx error": lambda row: _cell(row.get("dx_error"), "{:.1e}".format),
         "dw error": lambda row: _cell(row.get("dw_error"), "{:.1e}".format),
         "dw row error": lambda row: _cell(row.get("dw_row_error"), "{:.1e}".format),
-        "/ none ignored": lambda row: _cell(row["dense_ratio"], "{:.2f}".format),
+        "/ none ignored": lambda row: _cell(row.get("dense_ratio"), "{:.2f}".format),
     }
     written = [[name, *(text(row) for row in record["rows"])] for name, text in columns.items()]
     return [list(line) for line in zip(*(column for column in written if any(column[1:])), strict=True)]
@@ -91,56 +96,64 @@ def remarks(record: dict[str, Any]) -> list[str]:
     return failed + [f"{name}: skipped: {why}" for name, why in record["absent"].items()]
 
 
-def save(title: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write <title>_<device>.json and .png; return what the first holds."""
-    run = {"title": title, **environment(), "problems": records}
+def save(title: str, records: list[dict[str, Any]], device: str | None = None) -> dict[str, Any]:
+    """Write <title>_<device>.json and .png; return what the first holds. device: "cpu" where a GPU has no part."""
+    run = {"title": title, **environment(device), "problems": records}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{title}_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    path = RESULTS / f"{file_name(title, device)}.json"
     path.write_text(json.dumps(run, indent=1) + "\n")
-    _picture(title, records, path.with_suffix(".png"))
+    _picture(f"{title}, {device_name(device)}", records, path.with_suffix(".png"))
     return run
 
 
-def environment() -> dict[str, Any]:
+def file_name(title: str, device: str | None = None) -> str:
+    return f"{title}_{device or ('cuda' if torch.cuda.is_available() else 'cpu')}"
+
+
+def environment(device: str | None = None) -> dict[str, Any]:
     program = Path(sys.argv[0]).name
     command = ["python", f"bench/{program}"] if program.endswith(".py") else [program]
-    return {"command": shlex.join([*command, *sys.argv[1:]]), "device": device_name(), "torch": torch.__version__,
+    return {"command": shlex.join([*command, *sys.argv[1:]]), "device": device_name(device), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d")}  # fmt: skip
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
+def device_name(device: str | None = None) -> str:
+    if torch.cuda.is_available() and device != "cpu":
         return torch.cuda.get_device_name()
     found = [line for line in _lscpu() if line.startswith("Model name")]
     return found[0].split(":")[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _picture(title: str, records: list[dict[str, Any]], path: Path) -> None:
-    """Time and workspace of every method, a row of axes for each problem."""
+    """Time and memory of every method, a row of axes for each problem."""
     heights = [1.1 + 0.28 * len(record["rows"]) for record in records]
     figure = Figure(figsize=(10, sum(heights)), dpi=120, layout="constrained")
     axes = figure.subplots(len(records), 2, squeeze=False, sharey="row", height_ratios=heights)
     for (time_axes, memory_axes), record in zip(axes, records, strict=True):
         rows = record["rows"]
-        both = [1e3 * min(row["seconds"], default=0) for row in rows]
+        whole = any("step_seconds" in row for row in rows)  # steps of training, or of a rank; else a loss
+        both = [1e3 * min(row["step_seconds" if whole else "seconds"], default=0) for row in rows]
         forward = [1e3 * min(row.get("forward_seconds", ()), default=0) for row in rows]
-        bars = time_axes.barh(range(len(rows)), both, color="#0072b2", label="forward and backward")
-        time_axes.barh(range(len(rows)), forward, height=0.4, color="#d55e00", label="forward alone")
+        label = "a step" if whole else "forward and backward"
+        bars = time_axes.barh(range(len(rows)), both, color="#0072b2", label=label)
+        if any(forward):
+            time_axes.barh(range(len(rows)), forward, height=0.4, color="#d55e00", label="forward alone")
         time_axes.bar_label(bars, [f"{ms:.4g}" if ms else "failed" for ms in both], padding=3, fontsize=8)
         time_axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
         time_axes.invert_yaxis()
         time_axes.set_xlabel("ms")
         time_axes.legend(fontsize=8)
-        megabytes = [1e-6 * (row["workspace_bytes"] or 0) for row in rows]
+        memory, meaning = ("step_bytes", "a step takes") if whole else ("workspace_bytes", "above inputs and gradients")
+        megabytes = [1e-6 * (row.get(memory) or 0) for row in rows]
         bars = memory_axes.barh(range(len(rows)), megabytes, color="#009e73")
         memory_axes.bar_label(bars, [f"{MB:.4g}" if MB else "" for MB in megabytes], padding=3, fontsize=8)
-        memory_axes.set_xlabel("MB above inputs and gradients")
+        memory_axes.set_xlabel(f"MB {meaning}")
         time_axes.set_title(", ".join(f"{name} {value}" for name, value in record["size"].items()), size=9, loc="left")
         for panel in (time_axes, memory_axes):
             panel.margins(x=0.15)
             panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{title}, {device_name()}", size=10)
+    figure.suptitle(title, size=10)
     figure.savefig(path)
 
 

@@ -25,7 +25,7 @@ data = typer.Typer(
 )
 app.add_typer(data, name="data")
 bench = typer.Typer(
-    help="Measure the losses against their peers on this machine: a table, JSON and a picture.", no_args_is_help=True
+    help="Measure the losses against their peers on this machine: tables, JSON, pictures; without a command everything."
 )
 app.add_typer(bench, name="bench")
 
@@ -55,11 +55,18 @@ def quiet() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    json_object: Annotated[
+        bool, typer.Option("--json", help='One JSON object: {"GPU": {"state": "...", "advice": "..."}, ...}.')
+    ] = False,
+) -> None:
     """Say which kernels are active, versions, GPU, and what to do about what is missing."""
-    from cosup.doctor import show
+    from cosup.doctor import as_json, show
 
-    show()
+    if json_object:
+        print(as_json())
+    else:
+        show()
 
 
 @data.command("wiki")
@@ -82,6 +89,22 @@ def data_smollm2(out: Annotated[Path | None, typer.Option(help="Folder; default:
     console.print(str(smollm2.build(out)), highlight=False, markup=False, soft_wrap=True)
 
 
+@bench.callback(invoke_without_command=True)
+def bench_everything(
+    context: typer.Context,
+    full: Annotated[bool, typer.Option("--full", help="Of everything: the published shapes, not quick ones.")] = False,
+    out: Annotated[Path, typer.Option(help="Of everything: folder of report.md.")] = Path("cosup-bench"),
+) -> None:
+    if context.invoked_subcommand is not None:
+        if full:
+            raise ValueError(f"--full: wanted without a command, got {context.invoked_subcommand}")
+        return
+    from cosup.bench import suite
+
+    if not suite.run(out, full=full):
+        raise typer.Exit(1)
+
+
 @bench.command("linear_cross_entropy", context_settings=ANY_OPTION, add_help_option=False)
 def bench_linear_cross_entropy(context: typer.Context) -> None:
     """Against every peer that is installed, and the bare matrix products; --help lists the options."""
@@ -96,6 +119,30 @@ def bench_info_nce(context: typer.Context) -> None:
     from cosup.bench import info_nce
 
     info_nce.main(context.args)
+
+
+@bench.command("ranks", context_settings=ANY_OPTION, add_help_option=False)
+def bench_ranks(context: typer.Context) -> None:
+    """info_nce over processes of a CPU, against its cost model; --help lists the options."""
+    from cosup.bench import ranks
+
+    ranks.main(context.args)
+
+
+@bench.command("patched-model", context_settings=ANY_OPTION, add_help_option=False)
+def bench_patched_model(context: typer.Context) -> None:
+    """A step of a whole model on a CPU, patched and not; --help lists the options."""
+    from cosup.bench import patched_model
+
+    patched_model.main(context.args)
+
+
+@bench.command("large-pool", context_settings=ANY_OPTION, add_help_option=False)
+def bench_large_pool(context: typer.Context) -> None:
+    """info_nce with candidates that fill a CPU's memory; --help lists the options."""
+    from cosup.bench import large_pool
+
+    large_pool.main(context.args)
 
 
 @bench.command("hidden-states")

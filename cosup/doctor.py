@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import shutil
 from typing import NamedTuple
@@ -47,14 +48,19 @@ def show() -> None:
     Console().print(table)
 
 
+def as_json() -> str:
+    """The table as one object: {what: {"state": ..., "advice": ...}}; the advice is "" where nothing is to be done."""
+    return json.dumps({name: {"state": state, "advice": advice} for name, state, advice in examine()}, indent=2)
+
+
 def _package(name: str) -> Finding:
-    version = _version(name)
-    return Finding(name, version) if version else Finding(name, "missing", f"pip install {name}")
+    found = version(name)
+    return Finding(name, found) if found else Finding(name, "missing", f"pip install {name}")
 
 
 def _optional(name: str, without: str, advice: str) -> Finding:
-    version = _version(name)
-    return Finding(name, version) if version else Finding(name, f"not installed: {without}", advice)
+    found = version(name)
+    return Finding(name, found) if found else Finding(name, f"not installed: {without}", advice)
 
 
 def _native() -> Finding:
@@ -81,7 +87,7 @@ def _gpu() -> Finding:
 
 
 def _triton() -> Finding:
-    if _version("triton") is None:
+    if version("triton") is None:
         return Finding("GPU kernels", "PyTorch path: Triton is missing", "pip install triton (Linux)")
     return Finding("GPU kernels", "Triton" if torch.cuda.is_available() else "Triton, idle without a GPU")
 
@@ -91,7 +97,8 @@ def _workspace() -> Finding:
     return Finding("workspace", f"{default_workspace(device) >> 20} MiB on {device}, if no workspace_bytes= is given")
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """Of an installed package."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -13,17 +13,22 @@ Source: Semiparametric Token-Sequence Co-Supervision, arXiv 2403.09024.
 import hashlib
 import json
 import math
+import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import huggingface_hub
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from cosup import cards
 from cosup.data.collate import GenCtxCollator
 from cosup.data.schema import Passage
 from cosup.generate import RetrievalGeneration
@@ -172,6 +177,10 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         self.gen = gen
         self.ctx = gen.get_decoder() if ctx is None else ctx
 
+        # for its card: the hub ids it was made of, and what the trainer logged last
+        self.base_models = list(dict.fromkeys(_hub_ids(gen) if ctx is None else [*_hub_ids(gen), *_hub_ids(ctx)]))
+        self.training_figures: dict[str, float] = {}
+
         # for FSDP: the layers that gather their weights each for itself
         layers = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(layers & {*(gen._no_split_modules or ()), *(self.ctx._no_split_modules or ())})
@@ -233,12 +242,14 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
                     tensor.copy_(extra[name])
                 elif name == "projection":
                     raise ValueError(f"gen: wanted a projection in {root / _EXTRA}, got none")
+            model.base_models, model.training_figures = cards.read(root)
         return model
 
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write gen/ and ctx/ (each a model folder of transformers with its tokenizer), the rest and the config.
 
-        The config is written last: a folder without it is not a saved pair.
+        The config is written last: a folder without it is not a saved pair. README.md is the pair's card; one that a
+        user wrote stays as it is.
 
         Args:
             folder: made where it is not there.
@@ -255,10 +266,31 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
             self.ctx_tokenizer.save_pretrained(folder / "ctx")
         if extra := self._extra(weights):
             save_file({name: tensor.detach().contiguous() for name, tensor in extra.items()}, folder / _EXTRA)
+        cards.write(folder, *self._card())
         text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self.config)}, indent=2) + "\n"
         part = folder / (_CONFIG + ".part")
         part.write_text(text, encoding="utf-8")
         part.replace(folder / _CONFIG)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **upload: Any
+    ) -> Any:
+        """Save the pair, card included, to a temporary folder and upload it; what `upload_folder` says of the commit.
+
+        The repository is made if there is none. private, token: as in huggingface_hub's `create_repo`. upload: other
+        arguments of its `upload_folder` (commit_message, revision, create_pr, ...; ignore_patterns="README.md" leaves
+        a card that was edited on the hub as it is).
+
+        Raises ValueError for a repo_id that is none, and what huggingface_hub raises.
+        """
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise ValueError(f"repo_id: wanted the owner/name of a repository, got {repo_id!r}: {error}") from error
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            made = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
+            return huggingface_hub.upload_folder(repo_id=made.repo_id, folder_path=folder, token=token, **upload)
 
     def forward(
         self,
@@ -397,6 +429,11 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
 
     gradient_checkpointing_enable = activation_checkpointing_enable
 
+    def _card(self) -> tuple[dict[str, Any], str]:
+        halves = {"Gen": self.gen} if self.config.shared_weights else {"Gen": self.gen, "Ctx": self.ctx}
+        parts = {name: (type(half).__name__, half.num_parameters()) for name, half in halves.items()}
+        return cards.of_pair(parts, asdict(self.config), self.base_models, self.training_figures)
+
     def _extra(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the weights that neither gen nor ctx holds."""
         names = {"projection": "projection.weight", "log_temperature": "log_temperature"}
@@ -405,6 +442,12 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
 
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _hub_ids(half: PreTrainedModel) -> list[str]:
+    """The hub id that a model was loaded by, if it was."""
+    name = half.name_or_path or ""
+    return [name] if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).is_dir() else []
 
 
 def _check_rows(name: str, input_ids: Tensor, attention_mask: Tensor) -> None:

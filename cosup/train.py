@@ -42,6 +42,9 @@ from cosup.model import GenCtxConfig, GenCtxModel, GenCtxOutput, Mode, Pooling
 from cosup.nn import CandidateQueue
 
 _STATE, _INTERVAL, _QUEUE = "trainer_state.json", "cosup_interval.json", "cosup_queue.safetensors"
+_FIGURES = [
+    when + name for when in ("", "eval_") for name in ("loss", "ntp_loss", "nsp_loss", "retrieval_accuracy")
+]
 _SUMS = ("loss", "ntp_loss", "nsp_loss", "hits", "queries", "tokens")  # over the batches since the last log
 
 
@@ -598,7 +601,19 @@ class CoSupTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
+            self.model.training_figures = self._figures() or self.model.training_figures
             self.model.save_pretrained(output_dir or str(self.args.output_dir), state_dict)
+
+    def _figures(self) -> dict[str, float]:
+        """For the pair's card: how much it was trained on, and what was logged last; nothing before the first step."""
+        if not self.state.global_step:
+            return {}
+        logged = {name: value for log in self.state.log_history for name, value in log.items()}  # the last one stays
+        seen = {"instances": len(self.train_dataset), "passages": len(self._passage_ids)}  # type: ignore[arg-type]
+        return {"steps": self.state.global_step, **seen} | {name: logged[name] for name in _FIGURES if name in logged}
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Called by transformers' push_to_hub, after the pair was saved with the card of its own."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")

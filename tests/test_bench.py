@@ -1,6 +1,8 @@
 """The benchmarks, end to end at tiny shapes: a result for every method, whatever it does. No times are compared."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cosup import cli, linear_cross_entropy
-from cosup.bench import hidden_states, measure, peers, report
+from cosup.bench import hidden_states, measure, peers, report, suite
+from cosup.bench.suite import Subject
 from tiny import tiny_folder, tiny_gen, tiny_tokenizer
 
 SHAPE = ["--shape", "24", "8", "60", "--rounds", "2"]
@@ -174,3 +177,106 @@ def test_a_file_without_operands_is_refused(tmp_path):
         hidden_states.read(tmp_path / "a.pt")
     with pytest.raises(ValueError, match="got none named 'w'"):
         hidden_states.read(tmp_path / "b.pt")
+
+
+# ---- scripts over whole machines
+
+
+def test_a_step_over_ranks_is_set_beside_its_model(results):
+    output = run("ranks", "--ranks", 1, 2, "--rows", 16, 32, 8, "--rounds", 1)
+    one, two = problems(results)
+    assert [problem["size"]["ranks"] for problem in (one, two)] == [1, 2] and "model ms" in output
+    assert [row["method"] for row in one["rows"] + two["rows"]] == ["all_gather", "all_gather", "ring"]
+    for row in one["rows"] + two["rows"]:
+        assert row["step_seconds"][0] > 0 and row["model_seconds"] > 0 and row["step_bytes"] > 0
+
+
+def test_a_patched_model_takes_the_same_steps(results):
+    output = run("patched-model", "--vocabulary", 300, "--batch", 2, 8, "--layers", 1, "--width", 64, "--steps", 2)
+    (problem,) = problems(results)
+    plain, patched = problem["rows"]
+    assert patched["loss"] == pytest.approx(plain["loss"], rel=1e-5) and len(plain["step_seconds"]) == 2
+    assert patched["plain_ratio"] == pytest.approx(min(patched["step_seconds"]) / min(plain["step_seconds"]))
+    assert all(0 < row["step_bytes"] < row["resident_bytes"] for row in (plain, patched)) and "resident MB" in output
+
+
+def test_a_model_whose_process_ends_is_a_row(results):
+    run("patched-model", "--vocabulary", 300, "--batch", 2, 8, "--layers", 1, "--width", 32)  # no head of 64
+    assert [row["failed"] for row in problems(results)[0]["rows"]] == ["its process ended in step 1"] * 2
+
+
+def test_a_large_pool_says_what_the_process_held(results):
+    run("large-pool", "--shape", 8, 64, 16)
+    (row,) = problems(results)[0]["rows"]
+    assert row["seconds"][0] > 0 and row["resident_bytes"] > 1e7
+
+
+# ---- everything
+
+
+def killed_or_measured(command, arguments, out, measured=suite._measure):
+    if command == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measured(command, arguments, out)
+
+
+def test_everything_goes_on_where_a_subject_fails(tmp_path, monkeypatch):
+    """Each in a process of its own: one is ended from outside, one too large, one called wrongly, one right."""
+    monkeypatch.setattr(suite, "_measure", killed_or_measured)
+    monkeypatch.setattr(suite, "subjects", lambda: [
+        Subject("killed", "killed", "", ""),
+        Subject("too large", "large-pool", "", "--shape 8 10000000000000 16"),
+        Subject("wrong", "large-pool", "", "--shape 8 many 16"),
+        Subject("right", "large-pool", "--shape 8 64 16", "--shape 8 128 16", cpu_only=True),
+    ])  # fmt: skip
+    out = tmp_path / "out"
+    result = CliRunner().invoke(cli.app, ["bench", "--full", "--out", str(out)])
+    assert result.exit_code == 1, result.output
+    lines = (out / "report.md").read_text().splitlines()
+    state = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in lines if " | " in line}
+    assert state["killed"].startswith("failed: BrokenProcessPool")
+    assert state["too large"].startswith("failed: RuntimeError: ") and "memory" in state["too large"]
+    assert state["wrong"].startswith("failed: ValueError: wrong arguments: --shape 8 many 16")
+    assert state["right"].endswith(" s |")
+    assert f"`cosup bench --full --out {out}`" in "\n".join(lines) and torch.__version__ in "\n".join(lines)
+    assert "`cosup bench large-pool --shape 8 128 16`" in lines and "![right](large_pool_cpu.png)" in lines
+    (problem,) = problems(out)
+    assert problem["size"]["M"] == 128
+    assert f"| cosup | {1e3 * problem['rows'][0]['seconds'][0]:.1f} | " in "\n".join(lines)
+
+
+@pytest.mark.parametrize("full, pool", [(False, 64), (True, 128)])
+def test_everything_in_its_quick_or_published_shapes(full, pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "subjects", lambda: [Subject("a", "large-pool", "--shape 8 64 16", "--shape 8 128 16")])
+    run(*["--full"] * full, "--out", tmp_path)
+    assert problems(tmp_path)[0]["size"]["M"] == pool
+
+
+def test_a_row_of_ours_that_failed_fails_its_subject_and_a_peers_does_not():
+    def problem(**failed):
+        return {"rows": [{"method": name, "failed": why} for name, why in failed.items()]}
+
+    assert suite._failure({"problems": [problem(cosup=None, plain="out of memory")]}) is None
+    assert suite._failure({"problems": [problem(cosup=None), problem(cosup="no", plain=None)]}) == "cosup: no"
+
+
+def test_every_subject_is_a_command_and_quick_shapes_follow_the_threads(monkeypatch):
+    names = {command.name for command in cli.bench.registered_commands}
+    assert {subject.command for subject in suite.subjects()} <= names
+    for threads in (1, 2, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        rows = [int(subject.quick.split()[1]) for subject in suite.subjects()[:4]]
+        assert rows[0] == min(512 * threads, 2048) and rows[2] == min(2048 * threads, 8192)
+
+
+def test_full_beside_a_command_is_refused():
+    result = CliRunner().invoke(cli.app, ["bench", "--full", "ranks"])
+    assert "--full: wanted without a command, got ranks" in str(result.exception)
+
+
+def test_a_report_names_absent_peers_and_leaves_out_empty_columns():
+    row = {"method": "cosup", "failed": None, "seconds": [0.5], "workspace_bytes": 2e6}
+    run = {"title": "t", "problems": [{"size": {"N": 3}, "rows": [row], "absent": {"elsewhere": "not installed"}}]}
+    section = suite._section(Subject("t", "info_nce", "", ""), ["--shape", "3"], run)
+    assert "| method | fwd+bwd ms | spread | workspace MB |\n" in section
+    assert "elsewhere: skipped: not installed" in section

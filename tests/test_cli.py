@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cosup import cli, linear_cross_entropy, walk
+from cosup import cli, doctor, linear_cross_entropy, walk
 from cosup.data import write_jsonl
 from cosup.kernels import native
 from tiny import tiny_encoder, tiny_folder, tiny_gen, tiny_instances, tiny_passages, tiny_tokenizer
@@ -55,6 +55,17 @@ def test_every_field_of_training_is_explained():
 def test_doctor_names_the_paths():
     output = run("doctor")
     assert "torch" in output and ("native" in output or "PyTorch path" in output)
+
+
+def test_doctor_says_the_same_as_one_json_object():
+    command = [sys.executable, "-c", "from cosup.cli import main; main()", "doctor", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)  # nothing else is on stdout
+    assert said == {f.name: {"state": f.state, "advice": f.advice} for f in doctor.examine()}
+    assert set(said) == {
+        "cosup", "python", *doctor.PACKAGES, "CPU kernels", "GPU", "GPU kernels", "workspace", "flash-attn", "gguf",
+    }  # fmt: skip
 
 
 def test_a_mistake_is_one_line(files):

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from huggingface_hub import DatasetCard
 
 from cosup.data import fetch as fetch_module
 from cosup.data import smollm2, wiki
@@ -83,6 +84,23 @@ def test_wiki_builds_disjoint_sets_over_one_corpus(wheels, tmp_path) -> None:
     ]
     assert [q.output[1] for q in fanoutqa[2:]] == [" The answer is a, 2.", " The answer is no."]
     assert "CC BY-SA 4.0" in (files.train.parent / "ATTRIBUTION.md").read_text()
+
+
+def test_wiki_has_a_card_that_counts_its_files_and_names_the_source(wheels, tmp_path) -> None:
+    files = wiki.build(tmp_path, seed=3)
+    card = DatasetCard.load(tmp_path / "README.md")
+    assert card.data.license == "cc-by-sa-4.0" and card.data.language == "en"
+    of_file = {config["config_name"]: config["data_files"] for config in card.data.to_dict()["configs"]}
+    for name, path in files._asdict().items():
+        lines = len(path.read_text().splitlines())
+        assert f"| `{name}.jsonl` | {lines:,} | " in card.text and of_file[name] == path.name
+    record = json.loads(files.train.read_text().splitlines()[0])
+    assert all(f"`{field}`" in card.text for field in record) and "seed 3" in card.text
+    assert (tmp_path / "ATTRIBUTION.md").read_text() in card.content
+
+    (tmp_path / "README.md").write_text("mine")
+    wiki.build(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_the_split_depends_on_the_seed_alone(wheels, tmp_path) -> None:

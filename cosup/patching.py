@@ -6,7 +6,7 @@
 A patched model runs its own forward; only its head waits. Instead of logits [B, T, V] it returns `DeferredLogits`: the
 hidden state [B, T, D] and the head. They note what the model does to its logits,
 
-    z = scale * (hidden @ weight.T + bias)      or      z = cap * tanh(scale * (hidden @ weight.T + bias) / cap),
+    z = scale * (hidden @ weight.T + bias)      or      z = cap * tanh(scale * (hidden @ weight.T + bias)),
 
 and become `cosup.linear_cross_entropy` where it asks for their cross entropy. So whatever else a model does, as losses
 of its experts, images, adapters or caches, it goes on doing. What is none of these is refused with the reason.
@@ -14,11 +14,10 @@ of its experts, images, adapters or caches, it goes on doing. What is none of th
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -62,7 +61,7 @@ def patch(model: Model) -> Model:
             at all, other inputs), the first call with labels.
     """
     causal = _causal(model)
-    if "_cosup" in causal.__dict__:
+    if _is_ours(causal):
         return model
     name = type(causal).__name__
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
@@ -70,14 +69,12 @@ def patch(model: Model) -> Model:
         raise ValueError(f"model: wanted a causal language model with a head, got {name}")
     if "labels" not in inspect.signature(causal.forward).parameters:
         raise ValueError(f"model: wanted one whose forward takes labels, got {name}")
-    state = _State(name)
-    for part in _linear_parts(head, name):
-        state.set_forward(part, _head_forward(part))
-    state.set_forward(causal, _model_forward(causal))
+    _heads(causal)
+    _set_forward(causal, _model_forward(causal))
     try:
         _try(causal)
-    except ValueError:
-        state.undo()
+    except BaseException:
+        unpatch(causal)
         raise
     return model
 
@@ -88,41 +85,27 @@ def unpatch(model: Model) -> Model:
     Raises:
         ValueError: Its forward was wrapped once more, and not unwrapped.
     """
-    state = _causal(model).__dict__.get("_cosup")
-    if state is not None:
-        state.undo()
+    causal = _causal(model)
+    if "_cosup_before" in causal.__dict__ and not _is_ours(causal):
+        raise ValueError(f"model: wanted the forward of {type(causal).__name__} as cosup.patch left it, got another")
+    if _is_ours(causal):
+        for module in causal.modules():
+            if module is causal or ("_cosup_call" in module.__dict__ and _is_ours(module)):
+                module.__dict__.pop("_cosup_call", None)
+                module.__dict__["forward"] = module.__dict__.pop("_cosup_before")
+                if module.__dict__["forward"] is None:
+                    del module.__dict__["forward"]
     return model
 
 
 @dataclass
-class _State:
-    """What a patched model and its head share."""
+class _Call:
+    """A call of a patched model, for whose time its head defers."""
 
     name: str
-    deferring: bool = False
-    return_stats: ReturnStats = False
-    losses: int = 0  # made from deferred logits in this call
+    return_stats: ReturnStats
+    losses: int = 0  # made from deferred logits
     stats: RowStats | None = None
-    forwards: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)  # module, ours, the one before on it
-
-    def set_forward(self, module: nn.Module, forward: Callable) -> None:
-        ours = MethodType(forward, module)
-        self.forwards.append((module, ours, module.__dict__.get("forward")))
-        module.__dict__["forward"] = ours
-        module.__dict__["_cosup"] = self
-
-    def undo(self) -> None:
-        for module, ours, _ in self.forwards:
-            if module.__dict__.get("forward") is not ours:
-                name = type(module).__name__
-                raise ValueError(f"model: wanted the forward of {name} as cosup.patch left it, got another")
-        for module, _, before in self.forwards:
-            del module.__dict__["forward"], module.__dict__["_cosup"]
-            if before is not None:
-                module.__dict__["forward"] = before
-
-    def __deepcopy__(self, memo: dict) -> _State:  # PEFT trains a copy of a head: it is to wait as the first did
-        return self
 
 
 def _causal(model: Any) -> Any:
@@ -131,13 +114,47 @@ def _causal(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _linear_parts(head: Any, name: str) -> list[nn.Module]:
-    """The linear layers onto the vocabulary: the head itself or, within PEFT's, its base, its copies and adapters."""
-    rows = len(head.weight) if hasattr(head, "weight") else None
-    parts = [part for part in head.modules() if type(part).forward is nn.Linear.forward and len(part.weight) == rows]
+def _heads(model: Any) -> list[Any]:
+    """The linear layers onto the vocabulary: the head itself or, within PEFT's, its base, its copies and adapters.
+
+    Looked for in each call, since a head may be replaced, and made to defer where they do not yet.
+    """
+    head, name = model.get_output_embeddings(), type(model).__name__
+    rows = getattr(head, "out_features", None)
+    parts = [part for part in head.modules() if type(part).forward is nn.Linear.forward and part.out_features == rows]
     if not parts:
         raise ValueError(f"model: wanted a linear layer as head, got the {type(head).__name__} of {name}")
+    for part in parts:
+        if not _is_ours(part):
+            _check_plain(part, name)
+            _set_forward(part, _head_forward)
+            part.__dict__["_cosup_call"] = None
     return parts
+
+
+def _check_plain(head: Any, name: str) -> None:
+    """That a head does what `nn.Linear` does. accelerate's hook that moves its input is passed: the loss moves it."""
+    hook, weight = head.__dict__.get("_hf_hook"), head._parameters.get("weight")
+    moves = type(hook).__name__ == "AlignDevicesHook" and not hook.offload
+    if not (moves or getattr(head.forward, "__func__", None) is nn.Linear.forward):
+        raise ValueError(f"model: wanted a linear layer as head, got that of {name} with a forward of its own")
+    if weight is not None and type(weight) is not nn.Parameter and not hasattr(weight, "full_tensor"):
+        raise ValueError(f"model: wanted a plain weight of the head, got the {type(weight).__name__} of {name}")
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return hasattr(getattr(module.__dict__.get("forward"), "__func__", None), "of_cosup")
+
+
+def _set_forward(module: nn.Module, forward: Callable) -> None:
+    """The one that the instance had, if any, is kept on it: a deep copy of the module then copies that too."""
+    module.__dict__["_cosup_before"] = module.__dict__.get("forward")
+    module.__dict__["forward"] = MethodType(forward, module)
+
+
+def _own_forward(module: Any, *args, **kwargs):
+    before = module._cosup_before
+    return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
 def _try(model: nn.Module) -> None:
@@ -146,72 +163,77 @@ def _try(model: nn.Module) -> None:
     if any(w.is_meta or hasattr(w, "full_tensor") or not w.numel() for w in weights):
         return
     tokens = torch.tensor([[1, 2]], device=weights[0].device)
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             model(input_ids=tokens, labels=tokens, return_logits=False)
-    except _Refused as refused:
-        raise ValueError(str(refused)) from None
+    except _Refused:
+        raise
     except Exception:  # noqa: BLE001, S110  # it wants other inputs, or another device: its first call will tell
         pass
     finally:
-        for module in training:
-            module.training = True
-
-
-def _function(module: nn.Module) -> Callable:
-    """A module's forward as a function of the module too, so that a deep copy calls its own."""
-    forward = module.forward
-    return getattr(forward, "__func__", None) or (lambda self, *args, **kwargs: forward(*args, **kwargs))
+        for module, mode in modes:
+            if module.training != mode:
+                module.train(mode)  # a module may do more than note its mode
 
 
 def _model_forward(model: nn.Module) -> Callable:
-    original = _function(model)
-    position = [*inspect.signature(model.forward).parameters].index("labels")
+    signature = inspect.signature(model.forward)
+    position = [*signature.parameters].index("labels")
 
-    @functools.wraps(original)  # whoever reads the signature sees the model's own
     def forward(self, *args, return_logits: bool | None = None, return_stats: ReturnStats = False, **kwargs):
-        state = self._cosup
         labels = args[position] if len(args) > position else kwargs.get("labels")
         if return_logits is None:
             return_logits = not self.training
         if return_stats not in (False, True, "differentiable"):
             raise ValueError(f'return_stats: wanted True, False or "differentiable", got {return_stats!r}')
-        if labels is None or return_logits:
-            if return_stats:
-                raise ValueError("return_stats: wanted labels and return_logits=False with it, got none")
-            return original(self, *args, **kwargs)
-        state.deferring, state.return_stats, state.losses, state.stats = True, return_stats, 0, None
+        deferring = labels is not None and not return_logits
+        if return_stats and not deferring:
+            raise ValueError("return_stats: wanted labels and return_logits=False with it, got none")
+        call = _Call(type(self).__name__, return_stats) if deferring else None
+        heads = _heads(self)
+        outer = [head._cosup_call for head in heads]  # of a call that this one is within
+        for head in heads:
+            head._cosup_call = call
         try:
-            outputs = original(self, *args, **kwargs)
+            outputs = _own_forward(self, *args, **kwargs)
         finally:
-            state.deferring = False
-        if not state.losses:
-            raise _Refused(state.name, "makes its loss from something else")
-        stats, state.stats = state.stats, None
-        outputs = _without_logits(outputs)
-        if stats is not None:
-            if not isinstance(outputs, ModelOutput):
-                raise ValueError("return_stats: wanted return_dict=True with it, got False")
-            outputs["stats"] = RowStats(*(f.reshape(len(labels), -1) for f in stats))
-        return outputs
+            for head, before in zip(heads, outer, strict=True):
+                head._cosup_call = before
+        return outputs if call is None or labels is None else _finished(outputs, call, labels)
 
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[this, *signature.parameters.values()])  # type: ignore[attr-defined]
+    forward.of_cosup = True  # type: ignore[attr-defined]
     return forward
 
 
-def _head_forward(head: nn.Module) -> Callable:
-    original = _function(head)
+def _finished(outputs: Any, call: _Call, labels: Tensor) -> Any:
+    if not call.losses:
+        raise _Refused(call.name, "makes its loss from something else")
+    outputs = _without_logits(outputs)
+    if call.stats is not None:
+        if not isinstance(outputs, ModelOutput) or call.losses > 1:
+            got = "return_dict=False" if call.losses == 1 else f"{call.losses} cross entropies"
+            raise ValueError(f"return_stats: wanted one cross entropy and return_dict=True, got {got}")
+        rows = labels.shape if call.stats.nll.numel() == labels.numel() else (*labels.shape[:-1], -1)
+        outputs["stats"] = RowStats(*(f.reshape(rows) for f in call.stats))
+    return outputs
 
-    @functools.wraps(original)
-    def forward(self, input: Tensor, *args, **kwargs):
-        if not self._cosup.deferring:
-            return original(self, input, *args, **kwargs)
-        device = input.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-        return DeferredLogits(input, self, dtype=dtype)
 
-    return forward
+def _head_forward(self, input: Tensor, *args, **kwargs):
+    if self._cosup_call is None:
+        return _own_forward(self, input, *args, **kwargs)
+    if self._backward_hooks or self._backward_pre_hooks:
+        raise _Refused(self._cosup_call.name, "has a backward hook on its head")
+    device = input.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    return DeferredLogits(input, self.weight, self.bias, self, self._cosup_call, dtype)
+
+
+_head_forward.of_cosup = True  # type: ignore[attr-defined]
+_head_forward.__name__ = "forward"  # by which a bound method is pickled: what is loaded has its class's own
 
 
 def _without_logits(outputs: Any) -> Any:
@@ -224,9 +246,7 @@ def _without_logits(outputs: Any) -> Any:
     return None if isinstance(outputs, DeferredLogits) else outputs
 
 
-class _Refused(ValueError, AttributeError):
-    """Both: what asks `hasattr` goes on."""
-
+class _Refused(ValueError):
     def __init__(self, name: str, does: str):
         want = "wanted one whose loss is the cross entropy of its head's logits, scaled or soft capped"
         super().__init__(f"model: {want}; {name} {does}. cosup.unpatch(model) leaves it as it was")
@@ -235,25 +255,27 @@ class _Refused(ValueError, AttributeError):
 class DeferredLogits:
     """Logits [..., V] that are not made: what the head was given, [..., D], and what was done to its output since.
 
-        z = scale * (head(hidden) + sum of factor * head(hidden) of what was added),  or cap * tanh(that)
+        z = scale * (hidden @ weight.T + bias + sum of factor * the same of what was added),  or cap * tanh(that)
 
-    ``width``: only the first of V columns were kept.
+    ``width``: only the first of V columns were kept. Weights are those of the head's own call; outside it they may not
+    be there, as those of parametrizations.
     """
 
-    def __init__(self, hidden: Tensor, head: Any, dtype: torch.dtype, added: tuple[tuple[Tensor, Any, float], ...] = (),
-                 scale: float = 1.0, cap: float | None = None, width: int | None = None):  # fmt: skip
-        self.hidden, self.head, self.dtype, self.added = hidden, head, dtype, added
-        self.scale, self.cap, self.width = scale, cap, width
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Any, call: _Call, dtype: torch.dtype,
+                 added: tuple[tuple[Tensor, Tensor, Tensor | None, float], ...] = (), scale: float = 1.0,
+                 cap: float | None = None, width: int | None = None):  # fmt: skip
+        self.hidden, self.weight, self.bias, self.head, self.call = hidden, weight, bias, head, call
+        self.dtype, self.added, self.scale, self.cap, self.width = dtype, added, scale, cap, width
 
     def _with(self, **changes: Any) -> DeferredLogits:
         return DeferredLogits(**{**vars(self), **changes})
 
     def _with_rows(self, change: Callable[[Tensor], Tensor], **changes: Any) -> DeferredLogits:
-        added = tuple((change(hidden), head, factor) for hidden, head, factor in self.added)
+        added = tuple((change(hidden), *part) for hidden, *part in self.added)
         return self._with(hidden=change(self.hidden), added=added, **changes)
 
     def _refuse(self, does: str) -> NoReturn:
-        raise _Refused(self.head._cosup.name, f"does {does} with them")
+        raise _Refused(self.call.name, f"does {does} with them")
 
     # what leaves the numbers as they are
 
@@ -267,7 +289,7 @@ class DeferredLogits:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size([*self.hidden.shape[:-1], self.width or self.head.weight.shape[0]])
+        return torch.Size([*self.hidden.shape[:-1], self.width or self.weight.shape[0]])
 
     def dim(self) -> int:
         return self.ndim
@@ -327,17 +349,19 @@ class DeferredLogits:
 
     def _loss_arguments(self) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         """Of `linear_cross_entropy` and `linear_log_prob`: (input, weight), and what the logits are besides."""
-        if hasattr(self.head.weight, "full_tensor") or not self.head.weight.numel():
-            want = f"model: wanted the head of {self.head._cosup.name} whole at the loss, got a part"
+        held = self.head._parameters.get("weight")
+        if held is not None and (hasattr(held, "full_tensor") or not held.numel()):
+            want = f"model: wanted the head of {self.call.name} whole at the loss, got a part"
             raise ValueError(f"{want}; shard it with the model, or fully_shard(head, reshard_after_forward=False)")
-        w, bias = self.head.weight[: self.width], _bias(self.head, self.width)
+        w = self.weight[: self.width]
+        bias = None if self.bias is None else self.bias[: self.width]
         lora = None
-        for _, head, factor in self.added:
-            if head.bias is not None:
-                bias = factor * _bias(head, self.width) + (0 if bias is None else bias)
+        for _, _, part, factor in self.added:
+            if part is not None:
+                bias = factor * part[: self.width] + (0 if bias is None else bias)
         if self.added:
-            h = torch.cat([factor * hidden for hidden, _, factor in self.added], dim=-1)
-            lora = (h.to(w.device), torch.cat([head.weight[: self.width] for _, head, _ in self.added], dim=1))
+            h = torch.cat([factor * hidden for hidden, _, _, factor in self.added], dim=-1)
+            lora = (h.to(w.device), torch.cat([weight[: self.width] for _, weight, _, _ in self.added], dim=1))
         scale = self.scale if self.cap is None else self.scale * self.cap
         same = {"linear_bias": bias, "logit_scale": scale, "logit_softcap": self.cap, "lora": lora}
         return (self.hidden.to(w.device), w), same
@@ -356,36 +380,36 @@ class DeferredLogits:
         if size_average is not None or reduce is not None or self.ndim > 2 or target.is_floating_point():
             self._refuse("a cross entropy of another form than [N, V] with targets [N]")
         (x, w), same = self._loss_arguments()
-        same, state = {**same, "ignore_index": ignore_index}, self.head._cosup
-        if state.return_stats == "differentiable":
+        same, call = {**same, "ignore_index": ignore_index}, self.call
+        if call.return_stats == "differentiable":
             if weight is not None or label_smoothing:
                 raise ValueError("return_stats: wanted no class weights and no label smoothing beside it, got them")
-            state.stats = linear_log_prob(x, w, target, **same)
-            loss = state.stats.nll
+            call.stats = linear_log_prob(x, w, target, **same)
+            loss = call.stats.nll
             if reduction != "none":
                 loss = loss.sum() / ((target != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1)
         else:
-            loss = linear_cross_entropy(x, w, target, weight=weight, reduction=reduction,
-                                        label_smoothing=label_smoothing, return_stats=state.return_stats, **same)
-            if isinstance(loss, tuple):
-                loss, state.stats = loss
-        state.losses += 1
+            made = linear_cross_entropy(x, w, target, weight=weight, reduction=reduction,
+                                        label_smoothing=label_smoothing, return_stats=call.return_stats, **same)
+            loss, call.stats = made if isinstance(made, tuple) else (made, None)
+        call.losses += 1
         return loss if torch.is_autocast_enabled(self.device.type) else loss.to(self.dtype)
 
     def __add__(self, other) -> DeferredLogits:
         """A head and its adapter's part, as PEFT adds them."""
         if not isinstance(other, DeferredLogits) or other.added or (self.cap, self.width, other.cap) != (None,) * 3:
             self._refuse("a sum with something else")
-        part = (other.hidden, other.head, other.scale / self.scale)
+        part = (other.hidden, other.weight, other.bias, other.scale / self.scale)
         return self._with(added=(*self.added, part), dtype=torch.promote_types(self.dtype, other.dtype))
 
-    def __radd__(self, other):
-        self._refuse("a sum with something else")
+    def _other_operation(self, *others):
+        self._refuse("another operation than a product, a quotient, a tanh or a shape")
 
-    __sub__ = __rsub__ = __radd__
-
-    def __setitem__(self, index, value):
-        self._refuse("an assignment")
+    # in place too: other names of the same logits would have it, and these here do not know them
+    __radd__ = __sub__ = __rsub__ = __neg__ = __pow__ = __matmul__ = __rtruediv__ = __setitem__ = _other_operation
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __lt__ = __le__ = __gt__ = __ge__ = __iter__ = _other_operation
+    __eq__ = __ne__ = _other_operation  # type: ignore[assignment]
+    __hash__ = object.__hash__
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -400,7 +424,3 @@ class DeferredLogits:
         if name.startswith("__"):
             raise AttributeError(name)
         self._refuse(name)
-
-
-def _bias(head: Any, width: int | None) -> Any:
-    return None if head.bias is None else head.bias[:width]

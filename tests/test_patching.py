@@ -4,9 +4,11 @@ Tolerance: against float64, at most twice the error of the unpatched model in th
 """
 
 import copy
+import functools
 import inspect
 from types import SimpleNamespace
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -206,6 +208,35 @@ def test_a_forward_wrapped_since_is_not_thrown_away():
     assert "forward" not in vars(cosup.unpatch(model))
 
 
+def test_a_forward_of_another_object_goes_on():
+    class Wrapper:
+        def __init__(self, model):
+            self.own, self.calls = type(model).forward, 0
+            self.model = model
+
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            self.calls += 1
+            return self.own(self.model, input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+    model = model_of("plain")
+    wrapper = Wrapper(model)
+    model.forward = wrapper.forward
+    assert_as_before(model, **batch())
+    assert wrapper.calls == 3
+    assert [*inspect.signature(model.forward).parameters] == ["input_ids", "attention_mask", "labels"]
+
+
+def test_a_copy_of_one_wrapped_before():
+    """accelerate's hooks are partial functions of the module, which a copy has of itself."""
+    model = model_of("plain")
+    model.forward = functools.partial(type(model).forward, model)
+    other = copy.deepcopy(cosup.patch(model))
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    assert other(**batch()).loss.item() == pytest.approx(torch.tensor(VOCABULARY).log().item())
+    assert not other.eval()(**batch()).logits.any()
+
+
 def test_one_wrapped_before_goes_on():
     model, calls = model_of("plain"), []
     own = model.forward
@@ -228,6 +259,58 @@ def test_a_copy_is_a_model_of_its_own():
     inputs = batch()
     assert other(**inputs).loss.item() == pytest.approx(torch.tensor(VOCABULARY).log().item())
     assert other(**inputs).logits is None and model(**inputs).loss.item() > 1.01 * other(**inputs).loss.item()
+
+
+def test_unpatching_a_copy_leaves_the_first():
+    model = cosup.patch(model_of("plain"))
+    other = cosup.unpatch(copy.deepcopy(model))
+    assert other(**batch()).logits is not None and model(**batch()).logits is None
+
+
+def test_pickled_it_can_be_patched_anew(tmp_path):
+    torch.save(cosup.patch(model_of("plain")), tmp_path / "model")
+    model = torch.load(tmp_path / "model", weights_only=False)
+    assert cosup.patch(model)(**batch()).logits is None
+    assert cosup.unpatch(model)(**batch()).logits is not None
+
+
+def test_two_models_with_one_head():
+    first, second = model_of("plain"), model_of("plain")
+    second.lm_head = first.lm_head
+    wanted = [model(**batch()).loss.item() for model in (first, second)]
+    cosup.patch(first), cosup.patch(second)
+    assert [model(**batch()).loss.item() for model in (first, second)] == pytest.approx(wanted)
+    cosup.unpatch(first)
+    assert first(**batch()).logits is not None and second(**batch()).logits is None
+    cosup.unpatch(second)
+    assert second(**batch()).logits is not None
+
+
+def test_a_call_within_a_call():
+    model, inputs, inner = cosup.patch(model_of("plain")), batch(), []
+    wanted = cosup.unpatch(copy.deepcopy(model))(**inputs)
+
+    def call(*_):
+        if not inner:
+            inner.append(None)  # the inner calls come here too
+            inner[:] = [model(input_ids=inputs["input_ids"]), model(**inputs)]
+
+    model.model.norm.register_forward_hook(call)
+    outputs = model(**inputs, return_stats=True)
+    assert torch.equal(inner[0].logits, wanted.logits) and inner[1].logits is None
+    torch.testing.assert_close(outputs.loss, wanted.loss)
+    assert outputs.logits is None and outputs.stats.nll.shape == (3, 11)
+
+
+def test_a_head_that_comes_later():
+    model, inputs = cosup.patch(model_of("plain")), batch()
+    model.resize_token_embeddings(VOCABULARY + 7)
+    assert model(**inputs).logits is None
+    model.set_output_embeddings(nn.Linear(32, VOCABULARY + 7, bias=False))
+    plain = cosup.unpatch(copy.deepcopy(model))(**inputs)
+    outputs = model(**inputs)
+    assert outputs.logits is None and plain.logits is not None
+    torch.testing.assert_close(outputs.loss, plain.loss)
 
 
 def test_saved_as_before(tmp_path):
@@ -401,6 +484,12 @@ def assign(z):
         lambda z: 1 - z,
         lambda z: z * torch.tensor(2.0),
         lambda z: z * -1.0,
+        lambda z: -z,
+        lambda z: z**2,
+        lambda z: z if hasattr(z, "square") else z,
+        lambda z: z if z == 0 else z,
+        lambda z: z.__imul__(2.0),
+        lambda z: z.__itruediv__(2.0),
         lambda z: z * 0,
         lambda z: z.tanh().tanh(),
         lambda z: z.relu(),
@@ -489,6 +578,81 @@ def test_what_is_no_causal_model_is_refused():
     model = SimpleNamespace(get_output_embeddings=lambda: nn.Linear(2, 3), forward=lambda input_ids: None)
     with pytest.raises(ValueError, match="labels"):
         cosup.patch(model)
+
+
+@pytest.mark.parametrize("kind", ["own forward", "own weight", "backward hook"])
+def test_a_head_that_is_more_than_linear_is_refused(kind):
+    class Rounded(nn.Parameter):
+        pass
+
+    model = model_of("plain")
+    head = model.lm_head
+    if kind == "own forward":
+        head.forward = lambda x: 2 * nn.Linear.forward(head, x)
+    elif kind == "own weight":
+        head.weight = Rounded(head.weight.detach())
+    else:
+        head.register_full_backward_hook(lambda module, of_input, of_output: None)
+    with pytest.raises(ValueError, match="head"):
+        cosup.patch(model)
+    assert model(**batch()).logits is not None
+
+
+def test_weights_made_in_the_head_call():
+    """A parametrization is read once in a call, as by the head itself: power iterations move its state."""
+    models = [torch.nn.utils.parametrizations.spectral_norm(model_of("plain").lm_head) for _ in range(2)]
+    outputs = []
+    for head, change in zip(models, (lambda model: model, cosup.patch), strict=True):
+        model = model_of("plain")
+        model.lm_head = head
+        change(model)
+        before = copy.deepcopy(head.state_dict())
+        model.train()
+        for _ in range(2):
+            outputs.append(model(**batch()).loss)
+        assert any(not torch.equal(before[name], value) for name, value in head.state_dict().items())
+    torch.testing.assert_close(outputs[0], outputs[2])
+    torch.testing.assert_close(outputs[1], outputs[3])
+
+
+def test_adapters_of_a_parameter():
+    """PEFT adds them to the weight for the time of the head's call."""
+    config = peft.LoraConfig(**LORA, target_modules=["q_proj"], target_parameters=["lm_head.weight"])
+    _, ours = assert_as_before(peft.get_peft_model(model_of("plain"), config).train(), **batch())
+    assert ours.logits is None
+
+
+def test_the_mode_is_set_by_each_module():
+    class Merged(nn.Module):
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    model = model_of("plain")
+    model.model.layers[0].adapter = Merged()
+    cosup.patch(model)
+    assert not model.model.layers[0].adapter.merged
+
+
+def test_statistics_of_two_cross_entropies_are_refused():
+    model = changed(lambda z: z)
+    once = model.loss_function
+    model.loss_function = lambda *args, **kwargs: once(*args, **kwargs) + once(*args, **kwargs)
+    assert_as_before(model, **batch())
+    with pytest.raises(ValueError, match="return_stats.*2 cross entropies"):
+        model(**batch(), return_stats=True)
+
+
+def test_unwrapped_by_accelerate_it_is_patched_still():
+    model = cosup.patch(model_of("plain"))
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare(model)
+    assert prepared(**batch()).logits is None
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert unwrapped(**batch()).logits is None
+    assert cosup.unpatch(unwrapped)(**batch()).logits is not None
 
 
 def test_the_trial_leaves_no_trace():

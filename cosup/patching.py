@@ -50,7 +50,7 @@ def patch(model: Model) -> Model:
 
     Args:
         model: A causal language model of transformers, or another of its models with a language model's head inside:
-            bare, in a PEFT wrapper or compiled. Adapters of the head are to be there before.
+            bare, in a PEFT wrapper or compiled.
 
     Returns:
         ``model``.
@@ -124,11 +124,12 @@ def _heads(model: Any) -> list[Any]:
     parts = [part for part in head.modules() if type(part).forward is nn.Linear.forward and part.out_features == rows]
     if not parts:
         raise ValueError(f"model: wanted a linear layer as head, got the {type(head).__name__} of {name}")
-    for part in parts:
-        if not _is_ours(part):
-            _check_plain(part, name)
-            _set_forward(part, _head_forward)
-            part.__dict__["_cosup_call"] = None
+    new = [part for part in parts if not _is_ours(part)]
+    for part in new:
+        _check_plain(part, name)
+    for part in new:
+        _set_forward(part, _head_forward)
+        part.__dict__["_cosup_call"] = None
     return parts
 
 

@@ -403,7 +403,7 @@ BUGS = [
         "call = _Call(type(self).__name__, return_stats) if deferring else _heads(self)[0]._cosup_call", PATCH + " -k within"),
     Bug("patch: statistics of the last cross entropy", PATCHING, " or call.losses > 1:", ":", PATCH + " -k two_cross"),
     Bug("patch: an operation in place", PATCHING, "__imul__ = __itruediv__ = __lt__", "__lt__", PATCH + " -k may_not"),
-    Bug("patch: heads of the first call", PATCHING, "    for part in parts:\n        if not _is_ours(part):", "    for part in parts if \"_cosup_before\" not in model.__dict__ else []:\n        if not _is_ours(part):",
+    Bug("patch: heads of the first call", PATCHING, "for part in parts if not _is_ours(part)]", "for part in parts if not _is_ours(part) and not _is_ours(model)]",
         PATCH + " -k comes_later"),
 ]  # fmt: skip
 

@@ -160,6 +160,7 @@ def test_logits_where_they_are_asked_for(training):
     assert outputs.logits is None
     torch.testing.assert_close(outputs.loss, plain.loss)
     assert model.training == training
+    assert isinstance(model.lm_head(torch.ones(1, 32)), torch.Tensor)  # by itself it is the head that it was
 
 
 @pytest.mark.parametrize("head", ["plain", "a layer before it"])
@@ -374,7 +375,7 @@ def test_adapters(kind):
     assert cosup.unpatch(model)(**batch()).logits is not None
 
 
-@pytest.mark.parametrize("kind", ["elsewhere", "head trained", "before the tokens"])
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_after_the_patch(kind):
     ADAPTERS[kind].task_type = "CAUSAL_LM"
     models = [peft.get_peft_model(base, ADAPTERS[kind]) for base in (model_of("plain"), cosup.patch(model_of("plain")))]

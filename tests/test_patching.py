@@ -647,6 +647,7 @@ def test_statistics_of_two_cross_entropies_are_refused():
 
 
 def test_unwrapped_by_accelerate_it_is_patched_still():
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a trainer of another test set it
     model = cosup.patch(model_of("plain"))
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare(model)
@@ -654,6 +655,7 @@ def test_unwrapped_by_accelerate_it_is_patched_still():
     unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     assert unwrapped(**batch()).logits is None
     assert cosup.unpatch(unwrapped)(**batch()).logits is not None
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_trial_leaves_no_trace():

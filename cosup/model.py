@@ -14,7 +14,9 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,9 +24,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import huggingface_hub
 import torch
+import torch.distributed.checkpoint as dcp
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -49,6 +54,7 @@ Mode = Literal["joint", "ntp", "nsp"]
 
 FORMAT_VERSION = 1
 _CONFIG, _EXTRA = "cosup_config.json", "cosup.safetensors"
+SHARDS = "pytorch_model_fsdp_0"  # weights in the form of torch.distributed.checkpoint, as accelerate names them
 
 
 @dataclass
@@ -209,6 +215,8 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
     ) -> "GenCtxModel":
         """A folder that `save_pretrained` wrote, or a new pair of any two hub ids or model folders.
 
+        A saved pair is also a checkpoint of CoSupTrainer, weights in one piece or, of FSDP2, in parts.
+
         Args:
             gen: hub id or folder, or a saved pair.
             ctx: None for the same as gen.
@@ -231,17 +239,22 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
             raise ValueError(f"ctx: wanted none with shared_weights, got {str(ctx)!r}")
         ctx = None if config.shared_weights else ctx or gen
 
+        in_parts = kept is not None and (root / SHARDS / ".metadata").is_file()  # written last
         options: dict[str, Any] = {"dtype": dtype, "num_layers": num_layers, "attn_implementation": attn_implementation}
+        options["weights"] = not in_parts
         gen_model, gen_tokenizer = load("gen", AutoModelForCausalLM, gen, **options)
         ctx_model, ctx_tokenizer = (None, None) if ctx is None else load("ctx", AutoModel, ctx, **options)
         model = cls(gen_model, ctx_model, gen_tokenizer, ctx_tokenizer, config)
-        if kept is not None:
+        if in_parts:
+            model.load_shards(root)
+        elif kept is not None:
             extra = load_file(root / _EXTRA) if (root / _EXTRA).is_file() else {}
             for name, tensor in model._extra(model.state_dict()).items():
                 if name in extra:
                     tensor.copy_(extra[name])
                 elif name == "projection":
                     raise ValueError(f"gen: wanted a projection in {root / _EXTRA}, got none")
+        if kept is not None:
             model.base_models, model.training_figures = cards.read(root)
         return model
 
@@ -253,12 +266,13 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
 
         Args:
             folder: made where it is not there.
-            state_dict: the weights to write, where the model itself holds shards of them.
+            state_dict: the weights to write, where the model itself holds shards of them; {}: all but weights.
         """
         weights = self.state_dict() if state_dict is None else state_dict
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _CONFIG).unlink(missing_ok=True)
+        shutil.rmtree(folder / SHARDS, ignore_errors=True)  # of a checkpoint that stood here
         self.gen.save_pretrained(folder / "gen", state_dict=_below("gen.", weights))
         self.gen_tokenizer.save_pretrained(folder / "gen")
         if not self.config.shared_weights:
@@ -271,6 +285,22 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         part = folder / (_CONFIG + ".part")
         part.write_text(text, encoding="utf-8")
         part.replace(folder / _CONFIG)
+
+    def load_shards(self, folder: str | Path) -> None:
+        """Read the weights of a checkpoint in parts, whichever number of processes wrote it.
+
+        Each process reads what it holds: all, or its shards. Raises ValueError for weights that are not there.
+        """
+        state, reader = get_model_state_dict(self), FileSystemReader(Path(folder) / SHARDS)
+        there = reader.read_metadata().state_dict_metadata
+        missing = [name for name in state if f"model.{name}" not in there]
+        if set(missing) - {"log_temperature"}:  # that may be trained from now on
+            raise ValueError(f"folder: wanted {missing[0]} in {folder}, got none")
+        state = {name: tensor for name, tensor in state.items() if name not in missing}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")  # that a process loads by itself
+            dcp.load({"model": state}, storage_reader=reader, no_dist=True)
+        set_model_state_dict(self, state, options=StateDictOptions(strict=False))
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **upload: Any

@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,8 +35,11 @@ def load(
     dtype: torch.dtype,
     attn_implementation: str | None,
     num_layers: int | None,
+    weights: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or hub id. num_layers: keep the first layers; None: all.
+
+    weights=False: the folder has none, and those of the model are to be overwritten.
 
     Raises ValueError, naming the role and the folder or hub id: not there, of another kind, without some weights, fewer
     layers.
@@ -52,6 +56,11 @@ def load(
         if attn_implementation is None and _has_flash_attention() and dtype in (torch.float16, torch.bfloat16):
             attn_implementation = "flash_attention_2"
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+        if not weights:
+            model = auto.from_config(config, **options)
+            if model.can_generate():
+                model.generation_config = GenerationConfig.from_pretrained(name)
+            return model.eval(), AutoTokenizer.from_pretrained(name)
         model, report = auto.from_pretrained(name, config=config, output_loading_info=True, **options)  # type: ignore[misc]
         missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
         if missing:  # transformers fills them at random

@@ -38,7 +38,7 @@ from cosup.data.collate import micro_batches
 from cosup.data.schema import Instance, Passage, read_instances, read_passages
 from cosup.gradcache import RandomState
 from cosup.losses import CoSupervisionOutput, co_supervision_loss
-from cosup.model import GenCtxConfig, GenCtxModel, GenCtxOutput, Mode, Pooling
+from cosup.model import SHARDS, GenCtxConfig, GenCtxModel, GenCtxOutput, Mode, Pooling
 from cosup.nn import CandidateQueue
 
 _STATE, _INTERVAL, _QUEUE = "trainer_state.json", "cosup_interval.json", "cosup_queue.safetensors"
@@ -178,11 +178,12 @@ class CoSupTrainer(Trainer):
 
     Over several processes all this is over all of them, the peak memory excepted. A batch has
     per_device_train_batch_size instances of each; an epoch's last is filled up with some of its first. Sharded by FSDP2
-    the model stays so: save_model writes the whole pair, to be loaded for embedding and generation.
+    the model stays so: save_model writes the whole pair, to be loaded for embedding and generation. Checkpoints hold
+    it too, or with fsdp_config's state_dict_type SHARDED_STATE_DICT parts, which `GenCtxModel.from_pretrained` reads.
 
     Raises ValueError for no instances, label smoothing, micro-batches in mode "ntp", packing with a gen whose examples
     cannot share a row, and for what several processes cannot have: ddp_find_unused_parameters, uneven or dispatched
-    batches, micro-batches of packed rows, DeepSpeed, FSDP1, FSDP2 with extra_passages or without full state dicts.
+    batches, micro-batches of packed rows, DeepSpeed, FSDP1, FSDP2 with extra_passages.
     """
 
     model: GenCtxModel
@@ -220,6 +221,9 @@ class CoSupTrainer(Trainer):
             self.collator = self.data_collator = model.collator(passages, packing=getattr(args, "packing", False))
         if args.world_size > 1:
             self._check_ranks()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        self._in_parts = plugin is not None and "SHARDED" in str(plugin.state_dict_type)  # what checkpoints are
+        self._saves_checkpoint = False
         self._reset_interval()
         self._micro_batch_size: int | None = getattr(args, "micro_batch_size", None)
         self._group = dist.group.WORLD if args.world_size > 1 else None
@@ -388,10 +392,8 @@ class CoSupTrainer(Trainer):
         if not self.accelerator.is_fsdp2:  # on CPUs accelerate would take DistributedDataParallel without a word
             version = "none" if plugin is None else plugin.fsdp_version
             raise ValueError(f"fsdp: wanted version 2 on GPUs, got version {version} on {self.args.device.type}")
-        for name, wanted in (("state_dict_type", "FULL_STATE_DICT"), ("cpu_ram_efficient_loading", "False")):
-            got = str(getattr(plugin, name))  # the second unties tied weights
-            if wanted not in got:
-                raise ValueError(f"fsdp_config: wanted {name} {wanted}, got {got}")
+        if plugin.cpu_ram_efficient_loading:  # it unties tied weights
+            raise ValueError("fsdp_config: wanted cpu_ram_efficient_loading False, got True")
         if extra := getattr(self.args, "extra_passages", 0):
             raise ValueError(f"extra_passages: wanted 0 with fsdp, got {extra}")
 
@@ -599,6 +601,12 @@ class CoSupTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._mark = time.perf_counter()  # what was just done is not training time
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the pair to output_dir (None: that of args). All processes call it; sharded weights come together."""
+        if self._in_parts:  # transformers writes a checkpoint's parts, with the optimizer's state
+            self._save(output_dir, {} if self._saves_checkpoint else self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             self.model.training_figures = self._figures() or self.model.training_figures
@@ -619,7 +627,9 @@ class CoSupTrainer(Trainer):
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:  # one of an earlier run; it is written last, and makes a checkpoint whole
             (folder / _STATE).unlink(missing_ok=True)
+        self._saves_checkpoint = True
         super()._save_checkpoint(model, trial)
+        self._saves_checkpoint = False
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -627,6 +637,9 @@ class CoSupTrainer(Trainer):
             dist.barrier(self._group)  # the state is written after those of all ranks
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if Path(resume_from_checkpoint, SHARDS).is_dir():
+            self.model.load_shards(resume_from_checkpoint)
+            return
         kept = GenCtxModel.from_pretrained(resume_from_checkpoint, config=self.model.config, dtype=self.model.gen.dtype)
         set_model_state_dict(self.model, kept.state_dict(), options=StateDictOptions(full_state_dict=True))
 
@@ -643,6 +656,9 @@ class CoSupTrainer(Trainer):
             save_file(self.queue.state_dict(), Path(output_dir, _QUEUE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and Path(checkpoint, SHARDS).is_dir() != self._in_parts:
+            forms = ["SHARDED_STATE_DICT", "FULL_STATE_DICT"][:: -1 if self._in_parts else 1]
+            raise ValueError(f"fsdp_config: wanted state_dict_type {forms[0]} as in {checkpoint}, got {forms[1]}")
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             path = Path(checkpoint, _INTERVAL)

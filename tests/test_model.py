@@ -3,12 +3,15 @@
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -26,7 +29,7 @@ from transformers import (
     T5Model,
 )
 
-from cosup.model import GenCtxConfig, GenCtxModel
+from cosup.model import SHARDS, GenCtxConfig, GenCtxModel
 from cosup.tokens import PAD, STARTS_FROM, control_ids, encode
 from tiny import tiny_encoder, tiny_folder, tiny_gen, tiny_instances, tiny_passages, tiny_tokenizer
 
@@ -244,14 +247,27 @@ def _gpt2_phi() -> GenCtxModel:
     return GenCtxModel(family("phi"), family("gpt2").transformer, tiny_tokenizer(), tiny_tokenizer())
 
 
+def in_one_piece(model: GenCtxModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
+def in_parts(model: GenCtxModel, folder: Path) -> None:
+    """As FSDP2's checkpoints are, here of one part; those of several are in test_train_ranks.py."""
+    model.save_pretrained(folder, state_dict={})
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder / SHARDS, no_dist=True)
+
+
+@pytest.mark.parametrize("save", [in_one_piece, in_parts])
 @pytest.mark.parametrize("make", [_pair_of_two, _tied, _gpt2_phi])
-def test_a_saved_pair_is_the_same_pair(make, tmp_path):
+def test_a_saved_pair_is_the_same_pair(make, save, tmp_path):
     model = make()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    model.save_pretrained(tmp_path)
+    model.gen.generation_config.max_new_tokens = 7
+    save(model, tmp_path)
     again = GenCtxModel.from_pretrained(tmp_path)
+    assert again.gen.generation_config.max_new_tokens == 7 and not again.training
     assert again.config == model.config and again.fingerprint() == model.fingerprint()
     assert again.log_temperature == model.log_temperature
     batch, batch_again = batch_of(model), batch_of(again)
@@ -280,9 +296,33 @@ def test_saving_over_a_pair_leaves_nothing_stale_and_half_a_save_is_no_pair(tmp_
         GenCtxModel.from_pretrained(tmp_path)
 
 
-def test_a_given_config_overrides_the_saved_one(tmp_path):
+def test_a_pair_saved_over_one_in_parts_is_read_and_a_part_of_one_is_not(tmp_path):
+    in_parts(pair(), tmp_path)
+    (tmp_path / SHARDS / ".metadata").unlink()
+    with pytest.raises(ValueError, match="gen: wanted a model folder"):
+        GenCtxModel.from_pretrained(tmp_path)
+    in_parts(pair(), tmp_path)
     model = pair()
+    with torch.no_grad():
+        model.lm_head[0].zero_()
     model.save_pretrained(tmp_path)
+    assert not GenCtxModel.from_pretrained(tmp_path).lm_head[0].any()
+
+
+def test_weights_that_are_not_among_the_parts_are_named(tmp_path):
+    model = pair()
+    model.save_pretrained(tmp_path, state_dict={})
+    state = get_model_state_dict(model)
+    del state["projection.weight"]
+    dcp.save({"model": state}, checkpoint_id=tmp_path / SHARDS, no_dist=True)
+    with pytest.raises(ValueError, match="folder: wanted projection.weight in .*, got none"):
+        GenCtxModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("save", [in_one_piece, in_parts])
+def test_a_given_config_overrides_the_saved_one(save, tmp_path):
+    model = pair()
+    save(model, tmp_path)
     again = GenCtxModel.from_pretrained(tmp_path, config=replace(model.config, mode="ntp", learn_temperature=True))
     assert again.config.mode == "ntp" and again.temperature.item() == pytest.approx(0.05)
     with pytest.raises(ValueError, match="shared_weights=False"):

@@ -166,8 +166,7 @@ def evaluation(count: int, **options):
 def refused_shards(folder: Path, world: int) -> list[str]:
     """What is said of options that sharded weights cannot have."""
     told = []
-    for options in ({"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}, {"extra_passages": 2},
-                    {"fsdp_config": {"cpu_ram_efficient_loading": True}}):  # fmt: skip
+    for options in ({"extra_passages": 2}, {"fsdp_config": {"cpu_ram_efficient_loading": True}}):
         try:
             make_trainer(folder, config=Sharded, ddp_timeout=30, **options)
         except ValueError as error:
@@ -204,9 +203,31 @@ def resumed(config: type[CoSupConfig] = CoSupConfig, **options):
             "logs": [[{n: log[n] for n in names} for log in run.state.log_history if "loss" in log] for run in runs],
             "random": torch.get_rng_state(),
             "saved": GenCtxModel.from_pretrained(folder / "checkpoint-7").state_dict(),
+            "files": {str(path.relative_to(folder)) for path in folder.glob("checkpoint-7/**/*")},
         }
 
     return run
+
+
+PARTS = {"state_dict_type": "SHARDED_STATE_DICT"}
+
+
+def across(folder: Path, world: int) -> dict:
+    """A checkpoint in parts: read whole, saved whole, and resumed by those who have its weights in another form."""
+    trainer = make_trainer(folder, config=Sharded, max_steps=4, ddp_timeout=30, fsdp_config=PARTS)
+    trainer.train()
+    trainer.save_model(str(folder / "plain"))
+    dist.barrier()
+    told = []
+    for config in (Sharded, CoSupConfig):
+        other = make_trainer(folder, config=config, ddp_timeout=30)
+        try:
+            other.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+        except ValueError as error:
+            told.append(str(error))
+    paths = (folder / "plain", folder / "checkpoint-4")
+    return {"told": told, "read": [GenCtxModel.from_pretrained(path).state_dict() for path in paths],
+            "weights": dict(whole(trainer.model.state_dict().items()))}  # fmt: skip
 
 
 UNEVEN = "tqqdqtdq" + "qqqqttdt" + "dddddqqt"  # ranks of 4: 4 and 5 queries, 4 and 2, 8 and 4
@@ -246,6 +267,8 @@ RUNS = {
     "sharded evaluation of 5": evaluation(5, shard=True),
     "sharded evaluation of 1": evaluation(1, shard=True),
     "sharded resumed": resumed(Sharded),
+    "sharded resumed in parts": resumed(Sharded, fsdp_config=PARTS),
+    "sharded across": across,
     "resumed": resumed(extra_passages=3),
 }
 

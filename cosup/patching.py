@@ -35,6 +35,7 @@ def patch(model: Model) -> Model:
         return_logits   True: as before, in training too; False: no logits, in evaluation too
         return_stats    True: ``outputs.stats`` is a :class:`cosup.RowStats` of the loss's rows, [B, T], from the same
                         pass: the row at t is of the target at t + 1, and zeros stand where there is none.
+                        ``outputs.cross_entropy`` is the loss without what the model adds, as a balance of experts.
                         "differentiable": with gradients of ``log_prob``, ``nll``, ``lse`` and ``entropy``, for losses
                         of one's own, as of :func:`cosup.linear_log_prob`
 
@@ -202,6 +203,7 @@ def _finished(outputs: Any, call: Call, labels: Tensor) -> Any:
             raise ValueError(f"return_stats: wanted one cross entropy and return_dict=True, got {got}")
         rows = labels.shape if call.stats.nll.numel() == labels.numel() else (*labels.shape[:-1], -1)
         outputs["stats"] = RowStats(*(f.reshape(rows) for f in call.stats))
+        outputs["cross_entropy"] = call.loss
     return outputs
 
 

@@ -25,7 +25,7 @@ def mixtral():
     )  # fmt: skip
 
 
-def trainer(folder, model, adapter=None, **options):
+def trainer(folder, model, adapter=None, kind=SFTTrainer, **options):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     data = datasets.Dataset.from_list([{"prompt": text[:12], "completion": text[12:]} for text in TEXTS])
@@ -34,8 +34,8 @@ def trainer(folder, model, adapter=None, **options):
         logging_steps=1, report_to=[], use_cpu=True, learning_rate=1e-2, eval_strategy="steps", eval_steps=4,
         save_strategy="no", disable_tqdm=True, bf16=False, gradient_checkpointing=False, **options,
     )  # fmt: skip
-    return SFTTrainer(model, config, train_dataset=data, eval_dataset=data, processing_class=tokenizer,
-                      peft_config=adapter)  # fmt: skip
+    return kind(model, config, train_dataset=data, eval_dataset=data, processing_class=tokenizer,
+                peft_config=adapter)  # fmt: skip
 
 
 def train(trainer):
@@ -66,6 +66,28 @@ def test_the_trainer_trains_as_without(make, adapter, options, tmp_path):
         assert row == pytest.approx(wanted, rel=2e-4), (row, wanted)
     for name, weight in weights.items():
         torch.testing.assert_close(our_weights[name], weight, rtol=0, atol=1e-4)
+
+
+class Reweighted(SFTTrainer):
+    """A loss of its own over the log-probabilities."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        return -(outputs.log_probs * outputs.log_probs.detach().exp()).mean()
+
+
+@pytest.mark.parametrize("kind", [SFTTrainer, Reweighted])
+def test_gradients_of_a_step(kind, tmp_path):
+    def grads(patched):
+        made = trainer(tmp_path, tiny_gen(), kind=kind)
+        if patched:
+            cosup.integrations.trl.patch(made)
+        rows = next(iter(made.get_train_dataloader()))
+        made.compute_loss(made.model, rows, num_items_in_batch=torch.tensor(37)).backward()
+        return [p.grad for p in made.model.parameters()]
+
+    for ours, wanted in zip(grads(True), grads(False), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
 
 
 def test_no_other_trainer(tmp_path):

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "nn": {"losses", "contrastive"},
     "deferred": {"losses", "softmax"},
     "patching": {"deferred", "softmax"},
-    "integrations": {"patching", "contrastive"},
+    "integrations": {"patching", "contrastive", "softmax"},
     "compat": {"compat", "distributed", "checks", "losses"},
     "gradcache": set(),
     "tokens": set(),

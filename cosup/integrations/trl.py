@@ -17,6 +17,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 import cosup.patching
+from cosup.softmax import RowStats
 
 Trainer = TypeVar("Trainer", bound=SFTTrainer)
 
@@ -32,18 +33,26 @@ def patch(trainer: Trainer) -> Trainer:
     model: Any = trainer.model
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     patched = cosup.patching.patch(model).forward.__func__
+    # the mean of log-probabilities is all that is asked of them: then gradients come from the loss's own pass
+    args: Any = trainer.args
+    summed = args.loss_type == "nll" and type(trainer).compute_loss is SFTTrainer.compute_loss
 
     @functools.wraps(patched)
     def forward(self, *args, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs):
         if not fused_lm_head or labels is None:
             return patched(self, *args, labels=labels, **kwargs)
-        outputs = patched(self, *args, labels=labels, return_logits=False, return_stats="differentiable", **kwargs)
-        shifted = kwargs.get("shift_labels")
-        targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shifted is None else shifted
-        stats = outputs.stats
-        return FusedCausalLMOutput(loss=outputs.loss, log_probs=stats.log_prob, entropy=stats.entropy,
-                                   is_top1=stats.top1, label_mask=targets != -100,
-                                   aux_loss=outputs.get("aux_loss"))  # fmt: skip
+        of_sum = summed and kwargs.get("num_items_in_batch") is None
+        return_stats = True if of_sum else "differentiable"
+        outputs = patched(self, *args, labels=labels, return_logits=False, return_stats=return_stats, **kwargs)
+        stats, targets = outputs.stats, kwargs.get("shift_labels")
+        if targets is None:  # TRL's rows have one less than the labels
+            stats, targets = RowStats(*(rows[:, :-1] for rows in stats)), labels[:, 1:]
+        counts, log_probs = targets != -100, stats.log_prob
+        if of_sum:  # the first row has the gradient of all
+            total = counts.sum() * outputs.cross_entropy
+            log_probs = F.pad((total.detach() - total)[None], (0, log_probs.numel() - 1)).view_as(log_probs) + log_probs
+        return FusedCausalLMOutput(loss=outputs.loss, log_probs=log_probs, entropy=stats.entropy, is_top1=stats.top1,
+                                   label_mask=counts, aux_loss=outputs.get("aux_loss"))  # fmt: skip
 
     model.forward = MethodType(forward, model)
     return trainer

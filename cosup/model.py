@@ -220,7 +220,8 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         Args:
             gen: hub id or folder, or a saved pair.
             ctx: None for the same as gen.
-            config: of a saved folder it overrides what was saved, but for shared_weights.
+            config: of a saved folder it overrides what was saved, but for shared_weights. A learned temperature stays
+                where config's is that of the saved config.
             dtype: of the weights; float32 to train (mixed precision is the trainer's).
             attn_implementation: as in transformers.
             num_layers: keep the first layers of both.
@@ -255,6 +256,8 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
                 elif name == "projection":
                     raise ValueError(f"gen: wanted a projection in {root / _EXTRA}, got none")
         if kept is not None:
+            if model.log_temperature is not None and config.temperature != kept.temperature:
+                model.log_temperature.data.fill_(math.log(config.temperature))
             model.base_models, model.training_figures = cards.read(root)
         return model
 
@@ -272,7 +275,10 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _CONFIG).unlink(missing_ok=True)
-        shutil.rmtree(folder / SHARDS, ignore_errors=True)  # of a checkpoint that stood here
+        shutil.rmtree(folder / SHARDS, ignore_errors=True)  # weights that stood here
+        for pattern in ("gen/*.safetensors*", "ctx/*.safetensors*", _EXTRA):
+            for path in folder.glob(pattern):
+                path.unlink()
         self.gen.save_pretrained(folder / "gen", state_dict=_below("gen.", weights))
         self.gen_tokenizer.save_pretrained(folder / "gen")
         if not self.config.shared_weights:

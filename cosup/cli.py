@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -36,6 +37,13 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the matrix products; auto: bfloat16 where fast.")
 ]
 BatchSize = Annotated[int, typer.Option(help="Passages embedded at once.", min=1)]
+IndexPlace = Annotated[
+    str,
+    typer.Argument(
+        help="Folder of the index; or URI/COLLECTION of one in Milvus: http://host:19530/passages, corpus.db/passages "
+        "(a local file). The token of a server that asks for one is read from the environment variable MILVUS_TOKEN."
+    ),
+]
 
 
 def main() -> None:
@@ -206,8 +214,8 @@ def train(
 def index(
     model: Model,
     passages: PassagesFile,
-    out: Annotated[Path, typer.Argument(help="Folder of the index.")],
-    factory: Annotated[str, typer.Option(help="FAISS factory string.")] = "Flat",
+    out: IndexPlace,
+    factory: Annotated[str, typer.Option(help="FAISS factory string, of an index in a folder.")] = "Flat",
     batch_size: BatchSize = 64,
 ) -> None:
     """Embed every passage with Ctx and save a searchable index."""
@@ -215,16 +223,22 @@ def index(
     from cosup.index import SequenceIndex
     from cosup.model import GenCtxModel
 
-    corpus = read_passages(passages)
-    built = SequenceIndex.from_model(_eval(GenCtxModel, model), corpus.values(), factory=factory, batch_size=batch_size)
-    built.save(out)
+    milvus = _milvus(out)
+    if milvus and factory != "Flat":
+        raise ValueError(f"--factory: wanted an index in a folder, got {out}")
+    corpus, loaded = read_passages(passages).values(), _eval(GenCtxModel, model)
+    if milvus:
+        built = milvus[0].from_model(loaded, corpus, batch_size=batch_size, **milvus[1])
+    else:
+        built = SequenceIndex.from_model(loaded, corpus, factory=factory, batch_size=batch_size)
+        built.save(out)
     console.print(f"{len(built):,} passages in {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def generate(
     model: Model,
-    index: Annotated[Path, typer.Argument(help="Folder of the index.", exists=True, file_okay=False)],
+    index: IndexPlace,
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Questions; none: one a line from standard input.")
     ] = None,
@@ -240,8 +254,12 @@ def generate(
     from cosup.index import SequenceIndex
     from cosup.model import GenCtxModel
 
+    milvus = _milvus(index)
     loaded = _eval(GenCtxModel, model)
-    passages = SequenceIndex.load(index, fingerprint=loaded.fingerprint())
+    if milvus:
+        passages = milvus[0].connect(**milvus[1], fingerprint=loaded.fingerprint())
+    else:
+        passages = SequenceIndex.load(index, fingerprint=loaded.fingerprint())
     questions = prompts or [line.strip() for line in sys.stdin if line.strip()]
     answers = loaded.generate(
         questions, passages, max_new_tokens=max_new_tokens, max_retrievals=max_retrievals, do_sample=sample,
@@ -299,3 +317,17 @@ def demo(
 def _eval(cls, folder: str):
     """A saved pair, or any model folder as a fresh pair, ready to embed and generate."""
     return cls.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _milvus(place: str) -> tuple[Any, dict[str, Any]] | None:
+    """MilvusIndex, and which, for the place of an index that is URI/COLLECTION; None for a folder."""
+    uri, _, collection = place.rpartition("/")
+    if "://" not in place and not uri.endswith(".db"):
+        return None
+    if "://" in place and "://" not in uri:
+        raise ValueError(f"index: wanted URI/COLLECTION, got {place} without a collection")
+    try:
+        from cosup.integrations.milvus import MilvusIndex
+    except ImportError as error:
+        raise RuntimeError("an index in Milvus needs the package pymilvus: pip install pymilvus milvus-lite") from error
+    return MilvusIndex, {"uri": uri, "collection": collection, "token": os.environ.get("MILVUS_TOKEN")}

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cosup.data.schema import Instance, Passage, Reference
-from cosup.index import SequenceIndex
+from cosup.index import PassageIndex
 from cosup.losses import linear_cross_entropy
 from cosup.model import GenCtxModel
 from cosup.tokens import control_ids, encode, passage_text, prompt_ids
@@ -38,7 +38,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7f7f7f")  # told apart 
 def evaluate(
     model: GenCtxModel,
     instances: Sequence[Instance],
-    index: SequenceIndex,
+    index: PassageIndex,
     *,
     batch_size: int = 32,
     bm25: bool = True,
@@ -47,7 +47,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The report of a model on held-out instances; numbers, strings, None and dicts of them, ready for JSON.
 
-    index: of every passage, by this model; instances may name its passages only.
+    index: of every passage, by this model; instances may name its passages only. All are read into memory.
     bm25: rank with BM25 too. answers: let Gen answer this many instances, the first that have answers.
     max_new_tokens: of each such answer.
 
@@ -68,7 +68,8 @@ def evaluate(
     for name, value, least in (("batch_size", batch_size, 1), ("answers", answers, 0)):
         if value < least:
             raise ValueError(f"{name}: wanted at least {least}, got {value}")
-    passages = {passage.id: passage for passage in index.passages}
+    corpus = index.passages
+    passages = {passage.id: passage for passage in corpus}
     for instance in instances:
         named = (*instance.passages, *(reference.passage for reference in instance.references))
         unknown = [id for id in named if id not in passages]
@@ -90,7 +91,7 @@ def evaluate(
             _, found = index.search(query_vectors(model, asked, batch_size=batch_size), k=depth)
             report["retrieval"]["Gen"] = _recall(asked, found)
             if bm25:
-                report["retrieval"]["BM25"] = _recall(asked, _bm25(asked, index.passages, depth))
+                report["retrieval"]["BM25"] = _recall(asked, _bm25(asked, corpus, depth))
         if answers:
             answerable = [instance for instance in instances if instance.answers][:answers]
             report["answers"] = _answers(model, answerable, index, batch_size, max_new_tokens)
@@ -261,7 +262,7 @@ def _recall(instances: Sequence[Instance], found: Sequence[Sequence[Passage]]) -
 
 
 def _answers(
-    model: GenCtxModel, instances: Sequence[Instance], index: SequenceIndex, batch_size: int, max_new_tokens: int
+    model: GenCtxModel, instances: Sequence[Instance], index: PassageIndex, batch_size: int, max_new_tokens: int
 ) -> dict[str, Any]:
     """Count and correct answers: of all, of those with a gold passage fetched ("hit"), of the others ("missed")."""
     parts = {name: {"count": 0, "correct": 0} for name in ("all", "hit", "missed")}

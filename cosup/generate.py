@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from cosup.data.schema import Passage
-from cosup.index import SequenceIndex
+from cosup.index import PassageIndex
 from cosup.tokens import ControlIds, control_ids, encode, passage_text, prompt_ids
 
 FinishedBy = Literal["eos", "length", "context"]
@@ -93,7 +93,7 @@ class RetrievalGeneration:
     def generate(
         self: _Generator,
         prompts: Sequence[str],
-        index: SequenceIndex,
+        index: PassageIndex,
         *,
         max_new_tokens: int = 128,
         max_retrievals: int = 4,

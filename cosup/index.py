@@ -12,9 +12,10 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import faiss
 import numpy as np
@@ -32,7 +33,26 @@ _FIELDS = {"format_version": int, "fingerprint": str, "dim": int, "pooling": str
 _FIELDS |= {"factory": str, "sha256": dict}
 
 
-class _Encoder(Protocol):
+class PassageIndex(Protocol):
+    """What searches passages, wherever their vectors are: what generation and evaluation need."""
+
+    normalize: bool
+
+    def __len__(self) -> int: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def passages(self) -> Sequence[Passage]: ...
+
+    def search(self, queries: Tensor, k: int = 1) -> tuple[Tensor, list[list[Passage]]]: ...
+
+
+Index = TypeVar("Index", bound=PassageIndex)
+
+
+class Encoder(Protocol):
     """What an index needs of a model."""
 
     config: Any  # pooling, normalize
@@ -95,33 +115,18 @@ class SequenceIndex:
         Raises ValueError for an empty corpus, an id that comes twice, vectors of a wrong shape or not finite (naming
         the passage), a factory that FAISS does not know or cannot train on so few passages.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
-        kept: dict[str, Passage] = {}
+        kept: list[Passage] = []
         waiting: list[np.ndarray] = []  # until the index can be trained
         vectors: faiss.Index | None = None
-        for batch in _batches(passages, batch_size):
-            for passage in batch:
-                if passage.id in kept:
-                    raise ValueError(f"passages: id {passage.id!r} comes twice")
-                kept[passage.id] = passage
-            with torch.no_grad():
-                block_PD = _prepared(embed(batch), "embed", normalize)
-            if len(block_PD) != len(batch):
-                raise ValueError(f"embed: wanted {len(batch)} vectors for {len(batch)} passages, got {len(block_PD)}")
-            bad = np.flatnonzero(~np.isfinite(block_PD).all(axis=1))
-            if len(bad):
-                raise ValueError(f"embed: the vector of passage {batch[bad[0]].id!r} is not finite")
+        for batch, block_PD in embedded(passages, embed, normalize, batch_size):
+            kept += batch
             if vectors is None:
                 vectors = _empty(block_PD.shape[1], factory)
-            if block_PD.shape[1] != vectors.d:
-                raise ValueError(f"embed: wanted vectors of {vectors.d}, as before, got {block_PD.shape[1]}")
             if vectors.is_trained:
                 vectors.add(block_PD)
             else:
                 waiting.append(block_PD)
-        if vectors is None:
-            raise ValueError("passages: wanted at least one, got none")
+        assert vectors is not None
         if waiting:
             corpus_MD = np.concatenate(waiting)
             try:
@@ -131,7 +136,7 @@ class SequenceIndex:
             vectors.add(corpus_MD)
         return cls(
             vectors,
-            list(kept.values()),
+            kept,
             fingerprint=fingerprint,
             pooling=pooling,
             normalize=normalize,
@@ -140,23 +145,10 @@ class SequenceIndex:
 
     @classmethod
     def from_model(
-        cls, model: _Encoder, passages: Iterable[Passage], *, factory: str = "Flat", batch_size: int = 64
+        cls, model: Encoder, passages: Iterable[Passage], *, factory: str = "Flat", batch_size: int = 64
     ) -> "SequenceIndex":
         """The index of a `GenCtxModel` over passages, embedded by length so that batches hold little padding."""
-        training = model.training
-        model.eval()
-        try:
-            return cls.build(
-                sorted(passages, key=lambda passage: len(passage.text)),
-                lambda batch: model.embed_passages(**model.passage_batch(batch)),
-                fingerprint=model.fingerprint(),
-                pooling=model.config.pooling,
-                normalize=model.config.normalize,
-                factory=factory,
-                batch_size=batch_size,
-            )
-        finally:
-            model.train(training)
+        return built_of(model, passages, partial(cls.build, factory=factory, batch_size=batch_size))
 
     def search(self, queries: Tensor, k: int = 1) -> tuple[Tensor, list[list[Passage]]]:
         """The k passages of the highest score, best first, for each query.
@@ -166,13 +158,7 @@ class SequenceIndex:
 
         Raises ValueError for queries of another shape or not finite, and for k outside 1..len(self).
         """
-        if not 1 <= k <= len(self):
-            raise ValueError(f"k: wanted 1 to {len(self)}, the size of the corpus, got {k}")
-        queries_QD = _prepared(queries, "queries", self.normalize)
-        if queries_QD.shape[1] != self.dim:
-            raise ValueError(f"queries: wanted [Q, {self.dim}], got {list(queries_QD.shape)}")
-        if not np.isfinite(queries_QD).all():
-            raise ValueError("queries: wanted finite vectors, got NaN or infinity")
+        queries_QD = checked_queries(self, queries, k)
         scores, rows = self.vectors.search(queries_QD, k)
         cells = faiss.try_extract_index_ivf(self.vectors)
         if (rows < 0).any() and cells is not None:
@@ -239,11 +225,7 @@ class SequenceIndex:
         if not folder.exists() and _before(folder).exists():
             folder = _before(folder)  # a save was killed between its two renames
         manifest = _manifest(folder)
-        if fingerprint is not None and fingerprint != manifest["fingerprint"]:
-            raise ValueError(
-                f"{folder}: wanted an index of the model {fingerprint[:12]}, "
-                f"got one of {manifest['fingerprint'][:12]}; build it again with this model"
-            )
+        check_fingerprint(folder, fingerprint, manifest["fingerprint"])
         for name in (_VECTORS, _PASSAGES):
             wanted = manifest["sha256"].get(name)
             got = _sha256(folder / name) if (folder / name).is_file() else "no file"
@@ -269,10 +251,61 @@ class SequenceIndex:
         )
 
 
-def _batches(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
+def embedded(
+    passages: Iterable[Passage], embed: Callable[[list[Passage]], Tensor], normalize: bool, batch_size: int
+) -> Iterator[tuple[list[Passage], np.ndarray]]:
+    """The passages batch by batch with their vectors [P, D] float32, all checked; at least one batch."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
     passages = iter(passages)
-    while batch := list(islice(passages, size)):
-        yield batch
+    seen: set[str] = set()
+    dim = None
+    while batch := list(islice(passages, batch_size)):
+        for passage in batch:
+            if passage.id in seen:
+                raise ValueError(f"passages: id {passage.id!r} comes twice")
+            seen.add(passage.id)
+        with torch.no_grad():
+            block_PD = _prepared(embed(batch), "embed", normalize)
+        if len(block_PD) != len(batch):
+            raise ValueError(f"embed: wanted {len(batch)} vectors for {len(batch)} passages, got {len(block_PD)}")
+        bad = np.flatnonzero(~np.isfinite(block_PD).all(axis=1))
+        if len(bad):
+            raise ValueError(f"embed: the vector of passage {batch[bad[0]].id!r} is not finite")
+        dim = dim or block_PD.shape[1]
+        if block_PD.shape[1] != dim:
+            raise ValueError(f"embed: wanted vectors of {dim}, as before, got {block_PD.shape[1]}")
+        yield batch, block_PD
+    if not seen:
+        raise ValueError("passages: wanted at least one, got none")
+
+
+def built_of(model: Encoder, passages: Iterable[Passage], build: Callable[..., Index]) -> Index:
+    """What `build` makes of the passages as the model embeds them, by length so that batches hold little padding."""
+    training = model.training
+    model.eval()
+    try:
+        return build(
+            sorted(passages, key=lambda passage: len(passage.text)),
+            lambda batch: model.embed_passages(**model.passage_batch(batch)),
+            fingerprint=model.fingerprint(),
+            pooling=model.config.pooling,
+            normalize=model.config.normalize,
+        )
+    finally:
+        model.train(training)
+
+
+def checked_queries(index: PassageIndex, queries: Tensor, k: int) -> np.ndarray:
+    """The queries [Q, D] as the index compares them, float32; ValueError for what `search` does not take."""
+    if not 1 <= k <= len(index):
+        raise ValueError(f"k: wanted 1 to {len(index)}, the size of the corpus, got {k}")
+    queries_QD = _prepared(queries, "queries", index.normalize)
+    if queries_QD.shape[1] != index.dim:
+        raise ValueError(f"queries: wanted [Q, {index.dim}], got {list(queries_QD.shape)}")
+    if not np.isfinite(queries_QD).all():
+        raise ValueError("queries: wanted finite vectors, got NaN or infinity")
+    return queries_QD
 
 
 def _prepared(vectors: Tensor, name: str, normalize: bool) -> np.ndarray:
@@ -310,13 +343,25 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: wanted an index, got no readable {_MANIFEST}: {error}") from error
+    return checked_manifest(path, manifest, _FIELDS)
+
+
+def checked_manifest(place: object, manifest: Any, fields: dict[str, type]) -> dict[str, Any]:
+    """The manifest, of this format and with these fields; ValueError names its place."""
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: wanted format_version {FORMAT_VERSION}, got {version!r}")
-    for field, kind in _FIELDS.items():
+        raise ValueError(f"{place}: wanted format_version {FORMAT_VERSION}, got {version!r}")
+    for field, kind in fields.items():
         if not isinstance(manifest.get(field), kind):
-            raise ValueError(f"{path}: {field}: wanted {kind.__name__}, got {manifest.get(field)!r}")
+            raise ValueError(f"{place}: {field}: wanted {kind.__name__}, got {manifest.get(field)!r}")
     return manifest
+
+
+def check_fingerprint(place: object, wanted: str | None, got: str) -> None:
+    """ValueError, naming the place, for an index of another model than wanted; None: of any."""
+    if wanted is not None and wanted != got:
+        advice = "build it again with this model"
+        raise ValueError(f"{place}: wanted an index of the model {wanted[:12]}, got one of {got[:12]}; {advice}")
 
 
 def _sha256(path: Path) -> str:

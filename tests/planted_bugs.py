@@ -41,6 +41,7 @@ PACKING = "tests/test_packing.py"
 SENTENCES, OF_SENTENCES = "cosup/integrations/sentence_transformers.py", "tests/test_integrations_sentence_transformers.py"
 ARCHITECTURES = "tests/test_patching_architectures.py"
 SITE = "tests/test_site.py"
+INDEX, MILVUS, OF_MILVUS = "cosup/index.py", "cosup/integrations/milvus.py", "tests/test_milvus.py"
 PAIRS, SIGMOID = "tests/test_sigmoid.py", "kernels/tile_sigmoid.py"
 BUGS = [
     Bug("loss: log-sum-exp rounds first", "kernels/reference.py", "self.sum.log() + (self.max - self.target)",
@@ -417,6 +418,24 @@ BUGS = [
     Bug("patch: an operation in place", DEFERRED, "__imul__ = __itruediv__ = __lt__", "__lt__", PATCH + " -k may_not"),
     Bug("patch: heads of the first call", PATCHING, "for part in parts if not _is_ours(part)]", "for part in parts if not _is_ours(part) and not _is_ours(model)]",
         PATCH + " -k comes_later"),
+    Bug("index: an id twice in two batches", INDEX, "    while batch := list(islice(passages, batch_size)):\n", "    while batch := list(islice(passages, batch_size)):\n        seen = set()\n",
+        "tests/test_index.py -k bad_corpora"),
+    Bug("milvus: another metric", MILVUS, 'metric_type="IP"', 'metric_type="COSINE"', OF_MILVUS + " -k search_is"),
+    Bug("milvus: every batch numbered from 0", MILVUS, 'strict=True), manifest["count"])', "strict=True), 0)", OF_MILVUS + " -k search_is"),
+    Bug("milvus: passages in the order of the rows, not of the hits", MILVUS, "[[passages[hit[\"row\"]] for hit in hits] for hits in found]",
+        "[[passages[row] for row in sorted(hit[\"row\"] for hit in hits)] for hits in found]", OF_MILVUS + " -k search_is"),
+    Bug("milvus: requests of any size", MILVUS, "_AT_ONCE = 128", "_AT_ONCE = 1 << 20", OF_MILVUS + " -k request"),
+    Bug("milvus: an existing collection is taken", MILVUS, "if client.has_collection(collection):", "if False:", OF_MILVUS + " -k left_as_it_is"),
+    Bug("milvus: what a failed build leaves", MILVUS, "            if made:\n", "            if False:\n", OF_MILVUS + " -k leaves_nothing"),
+    Bug("milvus: a build's failure hidden by the server's", MILVUS, "with suppress(MilvusException):", "if True:", OF_MILVUS + " -k was_killed"),
+    Bug("milvus: an unfinished build is taken", MILVUS, 'if not manifest["finished"]:', "if False:", OF_MILVUS + " -k was_killed"),
+    Bug("milvus: of any model", MILVUS, '        check_fingerprint(place, fingerprint, manifest["fingerprint"])\n', "", OF_MILVUS + " -k another_model"),
+    Bug("milvus: passages gone unnoticed", MILVUS, 'if count != manifest["count"]:', "if False:", OF_MILVUS + " -k no_whole"),
+    Bug("milvus: read before it is loaded", MILVUS, "        client.load_collection(collection)\n", "", OF_MILVUS + " -k comes_back"),
+    Bug("milvus: characters for bytes", MILVUS, "passage, name).encode())", "passage, name))", OF_MILVUS + " -k too_long"),
+    Bug("milvus: too long, found when embedded", MILVUS, "list(_storable(passages))", "list(passages)", OF_MILVUS + " -k too_long"),
+    Bug("milvus: no token", MILVUS, 'token=token or ""', 'token=""', OF_MILVUS + " -k token"),
+    Bug("milvus: a host for a collection", "cosup/cli.py", 'if "://" in place and "://" not in uri:', "if False:", OF_MILVUS + " -k says_where"),
 ]  # fmt: skip
 
 

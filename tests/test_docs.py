@@ -34,8 +34,12 @@ def run(page: Path, code: list[str]) -> None:
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_page_runs(page):
-    if "from trl" in page.read_text():
+    text = page.read_text()
+    if "from trl" in text:
         pytest.importorskip("trl")  # it needs Python 3.11
+    if "from cosup.integrations.milvus" in text:
+        pytest.importorskip("pymilvus")
+        pytest.importorskip("milvus_lite")
     run(page, blocks(page, "python"))
 
 

@@ -23,13 +23,13 @@ MAY_IMPORT = {
     "nn": {"losses", "contrastive"},
     "deferred": {"losses", "softmax"},
     "patching": {"deferred", "softmax"},
-    "integrations": {"patching", "contrastive", "softmax"},
     "compat": {"compat", "distributed", "checks", "losses"},
     "gradcache": set(),
     "tokens": set(),
     "cards": set(),
     "data": {"data", "tokens", "cards"},
     "index": {"data"},
+    "integrations": {"patching", "contrastive", "data", "index", "softmax"},
     "generate": {"tokens", "data", "index"},
     "pretrained": {"tokens"},
     "model": {"tokens", "cards", "data", "generate", "pretrained"},
@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "doctor": {"kernels", "gemm", "walk"},
     "demo": {"data", "index", "model", "train", "evaluate", "tokens", "generate"},
     "pools": {"data", "index", "model", "train", "evaluate", "demo"},
-    "cli": {"data", "index", "model", "train", "evaluate", "tokens", "generate", "demo", "pools", "doctor", "bench"},
+    "cli": {"data", "index", "model", "train", "evaluate", "tokens", "generate", "demo", "pools", "doctor", "bench",
+            "integrations"},
 }
 FOLDERS = ("kernels", "data", "compat", "integrations")  # each is one room
 FILES = [*ROOT.glob("kernels/*.py"), *ROOT.glob("cosup/[!_]*.py"), *ROOT.glob("cosup/*/*.py")]

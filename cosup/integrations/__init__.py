@@ -1,1 +1,1 @@
-"""cosup within other libraries: one module each, imported only where that library is."""
+"""cosup with other libraries: one module each, imported only where that library is."""

@@ -6,7 +6,6 @@ python bench/info_nce.py [--shape 8192 8192 256] [--symmetric] [--temperature 0.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,20 +21,19 @@ from cosup.plan import Strategy, plan
 from cosup.walk import cost, resolve
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    print(json.dumps(run(arguments)))
-
-
 def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser("cosup bench info_nce", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
-    parser.add_argument("--shape", type=int, nargs=3, default=[8192, 8192, 256], metavar=("N", "M", "D"))
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--temperature", type=float, default=0.05)
-    parser.add_argument("--workspace-mib", type=int, default=64)
+    parser.add_argument("--shape", type=report.positive, nargs=3, default=[8192, 8192, 256], metavar=("N", "M", "D"),
+                        help="queries, candidates (at least as many), width (%(default)s)")  # fmt: skip
+    parser.add_argument("--dtype", default="float32", choices=report.DTYPES, help="of the operands (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.05, help="(%(default)s)")
+    parser.add_argument("--workspace-mib", type=report.positive, default=64, help="budget of cosup (%(default)s)")
     parser.add_argument("--symmetric", action="store_true", help="both directions")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=report.positive, default=7, help="of which the quickest counts (%(default)s)")
     args = parser.parse_args(arguments)
+    if args.shape[0] > args.shape[1]:
+        parser.error(f"--shape: wanted at least as many candidates as queries, got {args.shape}")
     n, m, d = args.shape
     workspace = args.workspace_mib << 20
     torch.manual_seed(0)
@@ -75,4 +73,4 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -6,7 +6,6 @@ python bench/large_pool.py [--shape 1024 1048576 256] [--workspace-mib 256] [--n
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -19,18 +18,17 @@ from cosup import info_nce
 from cosup.bench import report
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    print(json.dumps(run(arguments)))
-
-
 def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser("cosup bench large-pool", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
-    parser.add_argument("--shape", type=int, nargs=3, default=[1024, 1 << 20, 256], metavar=("N", "M", "D"))
-    parser.add_argument("--workspace-mib", type=int, default=256)
+    parser.add_argument("--shape", type=report.positive, nargs=3, default=[1024, 1 << 20, 256], metavar=("N", "M", "D"),
+                        help="queries, candidates (at least as many), width (%(default)s)")  # fmt: skip
+    parser.add_argument("--workspace-mib", type=report.positive, default=256, help="budget of cosup (%(default)s)")
     parser.add_argument("--normalize", action="store_true", help="vectors are not of unit length yet")
-    parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--symmetric", action="store_true", help="both directions")
     args = parser.parse_args(arguments)
+    if args.shape[0] > args.shape[1]:
+        parser.error(f"--shape: wanted at least as many candidates as queries, got {args.shape}")
     n, m, d = args.shape
     torch.manual_seed(0)
     length = 1.0 if args.normalize else d**-0.5  # about that of a unit
@@ -55,4 +53,4 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run()

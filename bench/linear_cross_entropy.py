@@ -6,7 +6,6 @@ python bench/linear_cross_entropy.py [--shape 2048 768 50257 ...] [--hidden-stat
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,24 +31,21 @@ SHAPES = {  # N, D, V
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    print(json.dumps(run(arguments)))
-
-
 def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser("cosup bench linear_cross_entropy", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--shape", type=int, nargs=3, action="append", metavar=("N", "D", "V"),
+    given.add_argument("--shape", type=report.positive, nargs=3, action="append", metavar=("N", "D", "V"),
                        help="random operands of this shape; may be repeated")  # fmt: skip
     given.add_argument("--hidden-states", type=Path, metavar="FILE",
                        help="operands from a file that `cosup bench hidden-states` wrote")  # fmt: skip
-    parser.add_argument("--dtype", default=DTYPE[device])
+    parser.add_argument("--dtype", default=DTYPE[device], choices=report.DTYPES, help="of the operands (%(default)s)")
     parser.add_argument("--ignored", type=float, default=0.0, metavar="SHARE",
                         help="share of labels that are ignored; times are then also relative to none")  # fmt: skip
-    parser.add_argument("--workspace-mib", type=int, default=default_workspace(torch.device(device)) >> 20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workspace-mib", type=report.positive, default=default_workspace(torch.device(device)) >> 20,
+                        help="budget of cosup (%(default)s)")  # fmt: skip
+    parser.add_argument("--rounds", type=report.positive, default=5, help="of which the quickest counts (%(default)s)")
     args = parser.parse_args(arguments)
     if not 0 <= args.ignored < 1:
         parser.error(f"--ignored must be in [0, 1), got {args.ignored}")
@@ -105,4 +101,4 @@ def _random(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> tuple[Te
 
 
 if __name__ == "__main__":
-    main()
+    run()

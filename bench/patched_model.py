@@ -32,20 +32,20 @@ from cosup.bench import report
 MODELS = ("plain", "patched")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    print(json.dumps(run(arguments)))
-
-
 def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("cosup bench patched-model", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
-    parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--batch", type=int, nargs=2, default=[8, 512], metavar=("ROWS", "TOKENS"))
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--width", type=int, default=576, help="a multiple of 64")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--vocabulary", type=report.positive, default=49152, help="(%(default)s)")
+    parser.add_argument("--batch", type=report.positive, nargs=2, default=[8, 512], metavar=("ROWS", "TOKENS"),
+                        help="(%(default)s)")  # fmt: skip
+    parser.add_argument("--layers", type=report.positive, default=2, help="(%(default)s)")
+    parser.add_argument("--width", type=report.positive, default=576, help="a multiple of 64 (%(default)s)")
+    parser.add_argument("--steps", type=report.positive, default=5, help="of which the quickest counts (%(default)s)")
     parser.add_argument("--model", choices=MODELS, help=argparse.SUPPRESS)  # a process of one model
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.width % 64:
+        parser.error(f"--width: wanted a multiple of 64, got {args.width}")
+    return args
 
 
 def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -126,4 +126,4 @@ if __name__ == "__main__":
     if alone.model:
         take_steps(alone)
     else:
-        main()
+        run()

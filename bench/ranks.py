@@ -14,7 +14,6 @@ and the model says: seconds = FLOP / F + logits / E + bytes / B, with nothing ov
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import statistics
@@ -48,18 +47,18 @@ def model(n: int, m: int, d: int, world: int, item: int, layout: str, symmetric:
     return flop, others * (3.0 * m * d * item + symmetric * 4.0 * 6 * m)  # candidates in both sweeps
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    print(json.dumps(run(arguments)))
-
-
 def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser("cosup bench ranks", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rows", type=int, nargs=3, default=[2048, 8192, 256], metavar=("N", "M", "D"))
-    parser.add_argument("--symmetric", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=report.positive, nargs="+", default=[1, 2, 4],
+                        help="numbers of processes (%(default)s)")  # fmt: skip
+    parser.add_argument("--rows", type=report.positive, nargs=3, default=[2048, 8192, 256], metavar=("N", "M", "D"),
+                        help="queries, candidates (at least as many), width, of all ranks (%(default)s)")  # fmt: skip
+    parser.add_argument("--symmetric", action="store_true", help="both directions")
+    parser.add_argument("--rounds", type=report.positive, default=5, help="of which the quickest counts (%(default)s)")
     args = parser.parse_args(arguments)
+    if args.rows[0] > args.rows[1]:
+        parser.error(f"--rows: wanted at least as many candidates as queries, got {args.rows}")
     title, saved = "ranks" + "_symmetric" * args.symmetric, {}
     records: list[dict[str, Any]] = []
     for world in args.ranks:
@@ -166,4 +165,4 @@ def _wire(c: torch.Tensor, layout: str, world: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -5,6 +5,7 @@ They lie in the clone's bench/results/, or in ./cosup-bench/ where cosup is inst
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import shlex
@@ -22,7 +23,15 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" if (HERE.parent / "pyproject.toml").exists() else Path("cosup-bench")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 GIGA, TERA = (1e9, "GFLOP/s"), (1e12, "TFLOP/s")
+
+
+def positive(text: str) -> int:
+    """A number of a command's options, at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def summarise(rows: list[dict[str, Any]], *, size: dict[str, Any], products: tuple[str, ...], flop: float,
@@ -97,12 +106,16 @@ def remarks(record: dict[str, Any]) -> list[str]:
 
 
 def save(title: str, records: list[dict[str, Any]], device: str | None = None) -> dict[str, Any]:
-    """Write <title>_<device>.json and .png; return what the first holds. device: "cpu" where a GPU has no part."""
+    """Write <title>_<device>.json and .png, and say where; return what the first holds.
+
+    device: "cpu" where a GPU has no part.
+    """
     run = {"title": title, **environment(device), "problems": records}
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{file_name(title, device)}.json"
     path.write_text(json.dumps(run, indent=1) + "\n")
     _picture(f"{title}, {device_name(device)}", records, path.with_suffix(".png"))
+    print(f"all figures: {path}; a picture: {path.with_suffix('.png')}")
     return run
 
 

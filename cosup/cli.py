@@ -118,7 +118,7 @@ def bench_linear_cross_entropy(context: typer.Context) -> None:
     """Against every peer that is installed, and the bare matrix products; --help lists the options."""
     from cosup.bench import linear_cross_entropy
 
-    linear_cross_entropy.main(context.args)
+    linear_cross_entropy.run(context.args)
 
 
 @bench.command("info_nce", context_settings=ANY_OPTION, add_help_option=False)
@@ -126,7 +126,7 @@ def bench_info_nce(context: typer.Context) -> None:
     """Against every peer that is installed, and the bare matrix products; --help lists the options."""
     from cosup.bench import info_nce
 
-    info_nce.main(context.args)
+    info_nce.run(context.args)
 
 
 @bench.command("ranks", context_settings=ANY_OPTION, add_help_option=False)
@@ -134,7 +134,7 @@ def bench_ranks(context: typer.Context) -> None:
     """info_nce over processes of a CPU, against its cost model; --help lists the options."""
     from cosup.bench import ranks
 
-    ranks.main(context.args)
+    ranks.run(context.args)
 
 
 @bench.command("patched-model", context_settings=ANY_OPTION, add_help_option=False)
@@ -142,7 +142,7 @@ def bench_patched_model(context: typer.Context) -> None:
     """A step of a whole model on a CPU, patched and not; --help lists the options."""
     from cosup.bench import patched_model
 
-    patched_model.main(context.args)
+    patched_model.run(context.args)
 
 
 @bench.command("large-pool", context_settings=ANY_OPTION, add_help_option=False)
@@ -150,7 +150,7 @@ def bench_large_pool(context: typer.Context) -> None:
     """info_nce with candidates that fill a CPU's memory; --help lists the options."""
     from cosup.bench import large_pool
 
-    large_pool.main(context.args)
+    large_pool.run(context.args)
 
 
 @bench.command("hidden-states")
@@ -272,7 +272,8 @@ def generate(
         if as_json:
             print(json.dumps({"input": question, "text": answer.text, "passages": fetched}, ensure_ascii=False))
         else:
-            console.print(Text(question, "bold"), Text(f"{answer.render()}\n"), sep="\n", soft_wrap=True)
+            none = "" if fetched else " (no passage fetched)"
+            console.print(Text(question, "bold"), Text(f"{answer.render()}{none}\n"), sep="\n", soft_wrap=True)
 
 
 @app.command("eval")
@@ -316,6 +317,11 @@ def demo(
 
 def _eval(cls, folder: str):
     """A saved pair, or any model folder as a fresh pair, ready to embed and generate."""
+    from cosup.model import GenCtxConfig
+
+    if GenCtxConfig.of_saved(folder) is None:
+        text = f"{folder} is no saved pair: a fresh one is made of it, which has not learned to retrieve"
+        Console(stderr=True).print(Text("warning: ", "bold yellow"), Text(text), sep="", soft_wrap=True)
     return cls.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cosup import gemm
@@ -33,9 +34,9 @@ def examine() -> list[Finding]:
         _gpu(),
         _triton(),
         _workspace(),
-        _optional("flash-attn", "attention falls back to SDPA", "pip install flash-attn"),
+        _optional("flash-attn", "attention is SDPA", "pip install flash-attn" if torch.cuda.is_available() else ""),
+        _optional("gguf", "`cosup data smollm2` needs it", "pip install gguf"),
     ]
-    found.append(_optional("gguf", "`cosup data smollm2` needs it", "pip install '.[gguf]' (in the clone)"))
     return found
 
 
@@ -44,7 +45,7 @@ def show() -> None:
     for column in ("what", "state", "what to do"):
         table.add_column(column)
     for finding in examine():
-        table.add_row(*finding)
+        table.add_row(*(escape(text) for text in finding))
     Console().print(table)
 
 

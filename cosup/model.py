@@ -122,8 +122,11 @@ class GenCtxConfig:
         path = Path(folder) / _CONFIG
         if not path.is_file():
             return None
-        choices = json.loads(path.read_text(encoding="utf-8"))
-        version = choices.pop("format_version", None)
+        try:
+            choices = json.loads(path.read_text(encoding="utf-8"))
+            version = choices.pop("format_version", None)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path}: wanted the config of a pair as JSON, got {error}") from error
         if version != FORMAT_VERSION:
             raise ValueError(f"{path}: wanted format_version {FORMAT_VERSION}, got {version!r}")
         unknown = set(choices) - {field.name for field in fields(cls)}
@@ -229,6 +232,9 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         Raises ValueError, naming the argument and the folder or hub id, where one cannot be loaded.
         """
         root, kept = Path(gen), GenCtxConfig.of_saved(gen)
+        inside = [path.parent.name for path in root.glob(f"checkpoint-*/{_CONFIG}")]
+        if inside and kept is None and not (root / "config.json").is_file():
+            raise ValueError(f"gen: wanted a saved pair, got the folder {str(gen)!r} of {', '.join(sorted(inside))}")
         config = config or kept or GenCtxConfig()
         if kept is not None:
             if ctx is not None:
@@ -375,7 +381,8 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         count_P1 = attention_mask.sum(dim=1, keepdim=True)
         if self.config.pooling == "mean":
             real_PLD = hidden_PLD.masked_fill(attention_mask[..., None] == 0, 0)
-            pooled = (real_PLD.sum(dim=1, dtype=torch.float32) / count_P1).to(hidden_PLD.dtype)
+            sum_PD = real_PLD.sum(dim=1, dtype=torch.promote_types(real_PLD.dtype, torch.float32))
+            pooled = (sum_PD / count_P1).to(hidden_PLD.dtype)
         else:
             last_P11 = (count_P1 - 1).clamp(min=0)[..., None]
             pooled = hidden_PLD.take_along_dim(last_P11, dim=1).squeeze(1)

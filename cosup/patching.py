@@ -57,6 +57,11 @@ def patch(model: Model) -> Model:
     if _is_ours(causal):
         return model
     name = type(causal).__name__
+    own = getattr(causal.forward, "__func__", None) is type(causal).forward  # as it is when loaded again
+    if "_cosup_before" in causal.__dict__ and not own:  # wrapped since, as by accelerate
+        if getattr(_try(causal), "logits", causal) is not None:
+            raise ValueError(f"model: wanted {name} as cosup.patch left it, got it with another forward")
+        return model
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
     if head is None:
         raise ValueError(f"model: wanted a causal language model with a head, got {name}")
@@ -141,21 +146,21 @@ def _own_forward(module: Any, *args, **kwargs):
     return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
-def _try(model: nn.Module) -> None:
-    """Run two tokens through a patched model, where it can be. Raises ValueError where it refuses them."""
+def _try(model: nn.Module) -> Any:
+    """What a patched model makes of two tokens; None where they cannot be run. Raises ValueError where it refuses."""
     weights = [*model.parameters()]
     if any(w.is_meta or hasattr(w, "full_tensor") or not w.numel() for w in weights):
-        return
+        return None
     tokens = torch.tensor([[1, 2]], device=weights[0].device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            model(input_ids=tokens, labels=tokens, return_logits=False)
+            return model(input_ids=tokens, labels=tokens, return_logits=False)
     except Refused:
         raise
     except Exception:  # noqa: BLE001, S110  # it wants other inputs, or another device: its first call will tell
-        pass
+        return None
     finally:
         for module, mode in modes:
             if module.training != mode:

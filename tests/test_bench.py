@@ -46,6 +46,22 @@ def rows_of(problem):
     return {row["method"]: row for row in problem["rows"]}
 
 
+@pytest.mark.parametrize("command, message", [
+    ("linear_cross_entropy --shape 0 8 8", "--shape: wanted an integer of at least 1, got '0'"),
+    ("linear_cross_entropy --shape -1 8 8", "--shape"),
+    ("linear_cross_entropy --rounds 0", "--rounds: wanted an integer of at least 1, got '0'"),
+    ("info_nce --shape 8 4 8", "--shape: wanted at least as many candidates as queries, got [8, 4, 8]"),
+    ("info_nce --dtype int8", "--dtype: invalid choice: 'int8'"),
+    ("large-pool --shape 8 4 8", "--shape: wanted at least as many candidates as queries, got [8, 4, 8]"),
+    ("ranks --rows 8 4 8", "--rows: wanted at least as many candidates as queries, got [8, 4, 8]"),
+    ("patched-model --width 7", "--width: wanted a multiple of 64, got 7"),
+])  # fmt: skip
+def test_bad_options_are_refused_and_no_results_written(command, message, results):
+    result = CliRunner().invoke(cli.app, ["bench", *command.split()])
+    assert result.exit_code == 2 and message in result.output
+    assert not results.exists()
+
+
 def test_every_method_of_linear_cross_entropy_has_time_memory_and_error(results, monkeypatch):
     slow = "torch.compile"
     monkeypatch.setattr(peers, "PEERS", {name: peer for name, peer in ALL_PEERS.items() if name != slow})
@@ -201,7 +217,7 @@ def test_a_patched_model_takes_the_same_steps(results):
 
 
 def test_a_model_whose_process_ends_is_a_row(results):
-    run("patched-model", "--vocabulary", 300, "--batch", 2, 8, "--layers", 1, "--width", 32)  # no head of 64
+    run("patched-model", "--vocabulary", 10**11, "--batch", 2, 8, "--layers", 1, "--width", 64)  # 25 TB
     assert [row["failed"] for row in problems(results)[0]["rows"]] == ["its process ended in step 1"] * 2
 
 

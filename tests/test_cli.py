@@ -47,6 +47,11 @@ def test_train_index_generate_eval(files):
     assert (files / "eval/retrieval.png").stat().st_size > 1000
 
 
+def test_an_untrained_pair_is_told(files):
+    output = run("index", files / "gen", files / "passages.jsonl", files / "fresh")
+    assert "is no saved pair: a fresh one is made of it, which has not learned to retrieve" in output
+
+
 def test_every_field_of_training_is_explained():
     output = run("train", "--fields")
     assert all(f"--{name}" in output for name in ("gen", "passages", "pooling", "nsp_weight", "max_passage_length"))

@@ -161,17 +161,33 @@ def test_liger_without_targets():
         assert not torch.autograd.grad(output.loss, x)[0].any()
 
 
+@pytest.mark.parametrize("options", [{"use_token_scaling": True}, {"lse_square_scale": 1.0}], ids=str)
+def test_weights_of_classes_are_summed_in_float32(options):
+    """Whatever dtype they are in: what "mean" divides by is no rounder than the loss."""
+    x, w, b, target = problem(torch.bfloat16)
+    weight = CLASS_WEIGHT.bfloat16()
+    loss = liger_fused_linear_cross_entropy(x, w, target, b, ce_weight=weight, **options)
+    wanted = liger_fused_linear_cross_entropy(x, w, target, b, ce_weight=weight.double(), **options)
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+
+
 BAD_LIGER = [
     (dict(return_predicted_tokens=True), "return_predicted_tokens must be False, got True"),
     (dict(accum_dtype=torch.float64), "accum_dtype must be one of .*, got torch.float64"),
-    (dict(lse_square_scale=-1.0), "lse_square_scale must be at least 0 and finite, got -1.0"),
-    (dict(label_smoothing=2.0), r"label_smoothing must be in \[0, 1\], got 2.0"),
+    (dict(lse_square_scale=-1.0), "lse_square_scale must be a number, at least 0 and finite, got -1.0"),
+    (dict(lse_square_scale="a"), "lse_square_scale must be a number, at least 0 and finite, got 'a'"),
+    (dict(label_smoothing=2.0), r"label_smoothing must be a number in \[0, 1\], got 2.0"),
+    (dict(label_smoothing=None), r"label_smoothing must be a number in \[0, 1\], got None"),
+    (dict(ignore_index=None), "ignore_index must be an integer, got None"),
+    (dict(ignore_index=1.5), "ignore_index must be an integer, got 1.5"),
+    (dict(ce_weight=[1.0]), r"ce_weight must be a tensor or None, got \[1.0\]"),
+    (dict(return_z_loss="yes"), "return_z_loss must be True or False, got 'yes'"),
     (dict(reduction="avg"), "reduction must be one of .*, got 'avg'"),
     (dict(softcap=0.0), "softcap must be a number, positive .*, got 0.0"),
 ]
 
 
-@pytest.mark.parametrize("bad, message", BAD_LIGER, ids=[next(iter(b)) for b, _ in BAD_LIGER])
+@pytest.mark.parametrize("bad, message", BAD_LIGER, ids=[f"{k}={v!r}" for b, _ in BAD_LIGER for k, v in b.items()])
 def test_liger_refuses_at_construction(bad, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         LigerFusedLinearCrossEntropyLoss(**bad)
@@ -274,14 +290,15 @@ def test_cce_without_targets():
 
 
 BAD_CCE = [
-    (dict(shift=-1), r"shift must be an integer in \[0, 41\), got -1"),
+    (dict(shift=-1), "shift must be an integer of at least 0, got -1"),
     (dict(shift=41), r"shift must be an integer in \[0, 41\), got 41"),
-    (dict(shift="high"), r"shift must be an integer in \[0, 41\), got 'high'"),  # where 25.1.1 has filter_eps
-    (dict(filter_eps="low"), "filter_eps must be None, a float, .*, got 'low'"),
+    (dict(shift="high"), "shift must be an integer of at least 0, got 'high'"),  # where 25.1.1 has filter_eps
+    (dict(filter_eps="low"), "filter_eps must be None, a number, .*, got 'low'"),
     (dict(impl="cce_fast"), "impl must be one of .*, got 'cce_fast'"),
     (dict(reduction="avg"), "reduction must be one of .*, got 'avg'"),
     (dict(softcap=-1.0), "softcap must be a number, positive .*, got -1.0"),
     (dict(vocab_parallel_options=VocabParallelOptions(0, 90)), "vocab_parallel_options must have processes"),
+    (dict(vocab_parallel_options=3), "vocab_parallel_options must be VocabParallelOptions or None, got 3"),
 ]
 
 
@@ -290,6 +307,9 @@ def test_cce_refuses(bad, message):
     e, c, bias, targets = problem()
     with pytest.raises(ValueError, match=f"^{message}"):
         cut_cross_entropy.linear_cross_entropy(e, c, targets, bias, **bad)
+    if "vocab_parallel_options" not in bad and bad.get("shift") != 41:  # which only a call can tell
+        with pytest.raises(ValueError, match=f"^{message}"):
+            LinearCrossEntropy(**bad)
 
 
 def split_head(rank, world):

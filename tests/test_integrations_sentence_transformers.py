@@ -261,18 +261,30 @@ def test_config_round_trip(folder):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
-    ({"scale": float("nan")}, "scale must be positive and finite, got nan"),
+    ({"scale": 0.0}, "scale must be a number, positive and finite, got 0.0"),
+    ({"scale": float("nan")}, "scale must be a number, positive and finite, got nan"),
+    ({"scale": "20"}, "scale must be a number, positive and finite, got '20'"),
     ({"similarity_fct": util.euclidean_sim}, "similarity_fct must be cos_sim or dot_score, got <function euclid"),
     ({"directions": ("query_to_doc", "doc_to_query")}, 'partition_mode must be "per_direction"'),
     ({"directions": ("doc_to_doc",)}, "'query_to_doc' direction is required"),
     ({"directions": ("query_to_doc", "query_to_query"), "partition_mode": "per_direction"}, "requires every direction"),
     ({"mini_batch_size": 0}, "mini_batch_size must be None or an integer of at least 1, got 0"),
+    ({"mini_batch_size": True}, "mini_batch_size must be None or an integer of at least 1, got True"),
     ({"mini_batch_size": 2.5}, "mini_batch_size must be None or an integer of at least 1, got 2.5"),
 ])  # fmt: skip
 def test_bad_options_are_refused(options, message, folder):
     with pytest.raises(ValueError, match=message):
         InfoNCELoss(model_from(folder), **options)
+
+
+def test_columns_that_a_model_has_written_into(folder):
+    """As a loss around this one gives them again."""
+    model = model_from(folder)
+    loss, columns = InfoNCELoss(model, mask_duplicates=True), features(model, texts(3))
+    wanted = loss([{**column} for column in columns])
+    written = [model(column) for column in columns]
+    assert all(column["token_embeddings"].shape[:2] == column["input_ids"].shape for column in written)
+    torch.testing.assert_close(loss(written), wanted)
 
 
 def test_bad_columns_are_refused(folder):

@@ -90,6 +90,12 @@ def test_gradients_of_a_step(kind, tmp_path):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
 
 
+def test_a_model_patched_before_its_trainer(tmp_path):
+    log, _ = train(trainer(tmp_path, tiny_gen()))
+    ours, _ = train(cosup.integrations.trl.patch(trainer(tmp_path, cosup.patch(tiny_gen()))))
+    assert [row == pytest.approx(wanted, rel=2e-4) for row, wanted in zip(ours, log, strict=True)] == [True] * len(log)
+
+
 def test_no_other_trainer(tmp_path):
     with pytest.raises(ValueError, match="SFTTrainer of trl, got Trainer"):
         cosup.integrations.trl.patch(Trainer(tiny_gen(), TrainingArguments(str(tmp_path), use_cpu=True)))

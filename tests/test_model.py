@@ -309,6 +309,42 @@ def test_a_pair_saved_over_one_in_parts_is_read_and_a_part_of_one_is_not(tmp_pat
     assert not GenCtxModel.from_pretrained(tmp_path).lm_head[0].any()
 
 
+def test_saving_leaves_no_weights_of_before(tmp_path):
+    before = _pair_of_two()
+    before.save_pretrained(tmp_path)
+    pair().save_pretrained(tmp_path)
+    config = replace(pair().config, learn_temperature=True, temperature=0.07)
+    assert GenCtxModel.from_pretrained(tmp_path, config=config).temperature.item() == pytest.approx(0.07)
+    before.save_pretrained(tmp_path)
+    pair().save_pretrained(tmp_path, state_dict={})  # the parts would be written now
+    assert not list(tmp_path.glob("**/*.safetensors"))
+    with pytest.raises(ValueError, match="gen: wanted a model folder"):
+        GenCtxModel.from_pretrained(tmp_path)
+
+
+def test_the_folder_of_checkpoints_is_told_from_a_pair(tmp_path):
+    for step in (2, 4):
+        pair().save_pretrained(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match="gen: wanted a saved pair, got the folder .* of checkpoint-2, checkpoint-4"):
+        GenCtxModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_a_damaged_config_is_named(text, tmp_path):
+    pair().save_pretrained(tmp_path)
+    (tmp_path / "cosup_config.json").write_text(text)
+    with pytest.raises(ValueError, match="cosup_config.json: wanted the config of a pair as JSON"):
+        GenCtxModel.from_pretrained(tmp_path)
+
+
+def test_the_mean_over_tokens_keeps_the_digits_of_float64():
+    model = pair().double()
+    batch = model.passage_batch(list(PASSAGES.values())[:5])
+    alone = [model.passage_batch([passage]) for passage in list(PASSAGES.values())[:5]]
+    wanted = torch.cat([model.embed_passages(**one) for one in alone])
+    torch.testing.assert_close(model.embed_passages(**batch), wanted, rtol=1e-12, atol=1e-14)
+
+
 def test_weights_that_are_not_among_the_parts_are_named(tmp_path):
     model = pair()
     model.save_pretrained(tmp_path, state_dict={})
@@ -327,6 +363,17 @@ def test_a_given_config_overrides_the_saved_one(save, tmp_path):
     assert again.config.mode == "ntp" and again.temperature.item() == pytest.approx(0.05)
     with pytest.raises(ValueError, match="shared_weights=False"):
         GenCtxModel.from_pretrained(tmp_path, config=GenCtxConfig(shared_weights=True))
+
+
+@pytest.mark.parametrize("save", [in_one_piece, in_parts])
+def test_a_learned_temperature_stays_but_where_another_is_given(save, tmp_path):
+    model = pair(learn_temperature=True, temperature=0.1)
+    with torch.no_grad():
+        model.log_temperature.fill_(-1.5)
+    save(model, tmp_path)
+    assert GenCtxModel.from_pretrained(tmp_path, config=replace(model.config, nsp_weight=2.0)).log_temperature == -1.5
+    given = GenCtxModel.from_pretrained(tmp_path, config=replace(model.config, temperature=0.2))
+    assert given.temperature.item() == pytest.approx(0.2)
 
 
 def test_any_two_folders_and_ctx_defaults_to_gen(tmp_path):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import cosup
 from tiny import VOCABULARY, tiny_encoder, tiny_gen
@@ -656,6 +656,21 @@ def test_unwrapped_by_accelerate_it_is_patched_still():
     assert unwrapped(**batch()).logits is None
     assert cosup.unpatch(unwrapped)(**batch()).logits is not None
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_patched_again_where_a_trainer_has_wrapped_it(tmp_path):
+    """A model that is trained twice is patched twice."""
+    rows = [{"input_ids": row, "labels": row} for row in batch()["input_ids"]]
+    options = dict(max_steps=1, use_cpu=True, bf16=True, report_to=[], disable_tqdm=True, save_strategy="no")
+    model = model_of("plain")
+    for _ in range(2):
+        assert cosup.patch(model) is model
+        Trainer(model, TrainingArguments(str(tmp_path), **options), train_dataset=rows).train()
+    assert model(**batch()).logits is None
+    other = cosup.patch(model_of("plain"))
+    other.forward = lambda *args, **kwargs: type(other).forward(other, *args, **kwargs)
+    with pytest.raises(ValueError, match="wanted LlamaForCausalLM as cosup.patch left it, got it with another forward"):
+        cosup.patch(other)
 
 
 def test_the_trial_leaves_no_trace():

@@ -84,13 +84,10 @@ def linear_cross_entropy(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | N
         ValueError: A wrong shape, dtype, device or option, named with what was wanted and what came.
         IndexError: A target out of range (on CUDA a device-side assertion).
     """
-    _check_without_effect(filter_eps, impl)
-    check_reduction(reduction)
-    if softcap is not None:
-        check_positive("softcap", softcap)
+    _check(softcap, reduction, shift, filter_eps, impl)
     e, c, bias = check_tensors(("e", "c", "targets"), e, c, targets, bias)
     length = targets.shape[-1] if targets.ndim else 1
-    if not isinstance(shift, int) or not (shift == 0 or 0 < shift < length):
+    if not (shift == 0 or 0 < shift < length):
         raise ValueError(f"shift must be an integer in [0, {length}), got {shift!r}")
     shift = int(shift)
     group = None if vocab_parallel_options is None else _group(c, vocab_parallel_options)
@@ -119,7 +116,7 @@ class LinearCrossEntropy(nn.Module):
                  impl: str | LinearCrossEntropyImpl = LinearCrossEntropyImpl.CCE,
                  return_lse: bool = False):  # fmt: skip
         super().__init__()
-        _check_without_effect(filter_eps, impl)
+        _check(softcap, reduction, shift, filter_eps, impl)
         self.ignore_index, self.softcap, self.reduction = ignore_index, softcap, reduction
         self.shift, self.return_lse = shift, return_lse
 
@@ -129,15 +126,22 @@ class LinearCrossEntropy(nn.Module):
                                     self.return_lse)  # fmt: skip
 
 
-def _check_without_effect(filter_eps, impl) -> None:
-    if not (filter_eps is None or filter_eps in ("auto", "high") or isinstance(filter_eps, float)):
-        raise ValueError(f'filter_eps must be None, a float, "auto" or "high", got {filter_eps!r}')
+def _check(softcap, reduction, shift, filter_eps, impl) -> None:
+    check_reduction(reduction)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    if not isinstance(shift, int) or shift < 0:
+        raise ValueError(f"shift must be an integer of at least 0, got {shift!r}")
+    if not (filter_eps is None or filter_eps in ("auto", "high") or isinstance(filter_eps, float | int)):
+        raise ValueError(f'filter_eps must be None, a number, "auto" or "high", got {filter_eps!r}')
     if (impl.name.lower() if isinstance(impl, enum.Enum) else impl) not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
 
 
 def _group(c: Tensor, part: VocabParallelOptions) -> dist.ProcessGroup:
     """The ranks of a head, whose parts must lie in rank order. Collective; an error is raised on every rank."""
+    if not isinstance(part, VocabParallelOptions):
+        raise ValueError(f"vocab_parallel_options must be VocabParallelOptions or None, got {part!r}")
     group = part.group or dist.group.WORLD
     if group is None:
         raise ValueError("vocab_parallel_options must have processes to be parallel over, got no process group")

@@ -61,7 +61,7 @@ def liger_fused_linear_cross_entropy(input: Tensor, weight: Tensor, target: Tens
     Returns:
         The loss in float32 (float64 for float64 input): a scalar, or [N] with ``reduction="none"``. If anything else is
         asked, :class:`CrossEntropyOutput`: ``z_loss`` reduced as the loss is; ``token_accuracy`` [N] of 0 and 1 with
-        "none", else its mean over rows not ignored.
+        "none", else its mean over rows not ignored (NaN where there is none).
 
     Raises:
         ValueError: A wrong shape, dtype, device or option, named with what was wanted and what came.
@@ -113,8 +113,15 @@ class _Options:
         check_reduction(self.reduction)
         if self.softcap is not None:
             check_positive("softcap", self.softcap)
-        if not 0 <= self.lse_square_scale < float("inf"):
-            raise ValueError(f"lse_square_scale must be at least 0 and finite, got {self.lse_square_scale}")
+        if not isinstance(self.lse_square_scale, float | int) or not 0 <= self.lse_square_scale < float("inf"):
+            raise ValueError(f"lse_square_scale must be a number, at least 0 and finite, got {self.lse_square_scale!r}")
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise ValueError(f"ignore_index must be an integer, got {self.ignore_index!r}")
+        if not isinstance(self.ce_weight, Tensor | None):
+            raise ValueError(f"ce_weight must be a tensor or None, got {self.ce_weight!r}")
+        for name in ("return_z_loss", "use_token_scaling", "return_token_accuracy", "return_predicted_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.accum_dtype not in SUMMED_IN:
             raise ValueError(f"accum_dtype must be one of {SUMMED_IN}, got {self.accum_dtype}")
         if self.return_predicted_tokens:
@@ -130,7 +137,8 @@ def _loss(names, x, w, target, bias, o: _Options) -> Tensor | CrossEntropyOutput
     if o.ce_weight is not None:
         check_vector("ce_weight", o.ce_weight, w.shape[:1], x.device, None)
         if o.reduction == "mean":
-            total = o.ce_weight[target.masked_fill(~valid, 0)].masked_fill(~valid, 0.0).sum()
+            weights = o.ce_weight.detach().to(torch.promote_types(x.dtype, torch.float32))
+            total = weights[target.masked_fill(~valid, 0)].masked_fill(~valid, 0.0).sum()
             if z_loss:  # which linear_cross_entropy divides by total too
                 z_loss *= (total / count.clamp(min=1)).item()
     if o.use_token_scaling:

@@ -58,15 +58,15 @@ class InfoNCELoss(CachedLossMixin, MultipleNegativesRankingLoss):
                  similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim, gather_across_devices: bool = False,
                  directions: tuple[str, ...] = ("query_to_doc",), partition_mode: str = "joint",
                  mini_batch_size: int | None = None, mask_duplicates: bool = False):  # fmt: skip
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"scale must be positive and finite, got {scale}")
+        if not isinstance(scale, float | int) or not 0 < scale < float("inf"):
+            raise ValueError(f"scale must be a number, positive and finite, got {scale!r}")
         if similarity_fct not in (cos_sim, dot_score):
             raise ValueError(f"similarity_fct must be cos_sim or dot_score, got {similarity_fct}")
         super().__init__(model, scale, similarity_fct, gather_across_devices, directions, partition_mode)
         if "doc_to_query" in directions and partition_mode == "joint":
             raise ValueError('partition_mode must be "per_direction" where directions have "doc_to_query", got "joint"')
         if mini_batch_size is not None:
-            if not isinstance(mini_batch_size, int) or mini_batch_size < 1:
+            if isinstance(mini_batch_size, bool) or not isinstance(mini_batch_size, int) or mini_batch_size < 1:
                 raise ValueError(f"mini_batch_size must be None or an integer of at least 1, got {mini_batch_size!r}")
             if has_static_embedding_input(model):
                 raise ValueError(f"mini_batch_size must be None for a model of StaticEmbedding, got {mini_batch_size}")
@@ -114,9 +114,11 @@ class InfoNCELoss(CachedLossMixin, MultipleNegativesRankingLoss):
 def _ids_of_texts(column: Mapping[str, Any]) -> Tensor:
     """[B] int64, equal for equal texts in all columns and processes, however they are padded."""
     tokens, mask = column.get("input_ids"), column.get("attention_mask")
-    tensors = [value for value in column.values() if isinstance(value, Tensor) and value.ndim > 1]
-    if tokens is None or mask is None or not all(t.shape == tokens.shape == mask.shape for t in tensors):
-        shapes = {name: [*value.shape] for name, value in column.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in column.items() if isinstance(value, Tensor) and value.ndim > 1}
+    for made in ("token_embeddings", "sentence_embedding"):  # by the model, which writes into the column
+        tensors.pop(made, None)
+    if tokens is None or mask is None or not all(t.shape == tokens.shape == mask.shape for t in tensors.values()):
+        shapes = {name: [*value.shape] for name, value in tensors.items()}
         raise ValueError(f"mask_duplicates wants input_ids and attention_mask [B, T] of texts alone, got {shapes}")
     rows = zip(tokens.cpu().numpy(), mask.bool().cpu().numpy(), strict=True)
     digests = b"".join(blake2b(row[kept].tobytes(), digest_size=8).digest() for row, kept in rows)

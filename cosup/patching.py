@@ -57,8 +57,8 @@ def patch(model: Model) -> Model:
     if _is_ours(causal):
         return model
     name = type(causal).__name__
-    own = getattr(causal.forward, "__func__", None) is type(causal).forward  # as it is when loaded again
-    if "_cosup_before" in causal.__dict__ and not own:  # wrapped since, as by accelerate
+    if "_cosup_before" in causal.__dict__ and getattr(causal.forward, "__func__", None) is not type(causal).forward:
+        # wrapped since, as by accelerate; what was loaded anew has its class's own
         if getattr(_try(causal), "logits", causal) is not None:
             raise ValueError(f"model: wanted {name} as cosup.patch left it, got it with another forward")
         return model

@@ -271,7 +271,7 @@ BUGS = [
     Bug("model: means in float32", "cosup/model.py", "torch.promote_types(real_PLD.dtype, torch.float32)", "torch.float32", "tests/test_model.py -k digits"),
     Bug("model: the folder of checkpoints taken", "cosup/model.py", "        if inside and kept is None", "        if False and kept is None", "tests/test_model.py -k folder_of_checkpoints"),
     Bug("patch: any forward taken for a wrapped one", PATCHING, 'if getattr(_try(causal), "logits", causal) is not None:', "if False:", PATCH + " -k patched_again"),
-    Bug("patch: patched anew inside a wrapper", PATCHING, '    if "_cosup_before" in causal.__dict__ and not own:', "    if False:", PATCH + " -k patched_again"),
+    Bug("patch: patched anew inside a wrapper", PATCHING, '    if "_cosup_before" in causal.__dict__ and getattr(causal', "    if False and getattr(causal", PATCH + " -k patched_again"),
     Bug("Liger: divisor in the weights' dtype", "cosup/compat/liger.py", ".to(torch.promote_types(x.dtype, torch.float32))", "", "tests/test_compat.py -k summed"),
     Bug("model: parts in writing taken", "cosup/model.py", "(root / SHARDS / \".metadata\").is_file()", "(root / SHARDS).is_dir()", "tests/test_model.py -k parts"),
     Bug("model: parts lacking passed over", "cosup/model.py", "        if set(missing) - {\"log_temperature\"}:", "        if False:", "tests/test_model.py -k parts"),

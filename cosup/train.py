@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,18 @@ _SUMS = ("loss", "ntp_loss", "nsp_loss", "hits", "queries", "tokens")  # over th
 
 def _choice(help: str) -> Any:
     return field(default=None, metadata={"help": f"{help} Default: the preset's."})
+
+
+def _explained(option: Any, hint: Any) -> str:
+    """The help of a field, with its choices and the presets' values."""
+    text, kinds = option.metadata["help"], (hint, *get_args(hint))
+    choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices:
+        text += f" One of {', '.join(choices)}."
+    if option.name in {f.name for f in fields(GenCtxConfig)}:
+        values = [getattr(preset, option.name) for preset in (GenCtxConfig(), GenCtxConfig.paper())]
+        text = text.replace("Default: the preset's.", "Default {}, paper {}.".format(*values))
+    return text
 
 
 @dataclass
@@ -132,8 +144,8 @@ class CoSupConfig(TrainingArguments):
     @classmethod
     def own_fields(cls) -> dict[str, str]:
         """What there is beside TrainingArguments, and what each means."""
-        inherited = {f.name for f in fields(TrainingArguments)}
-        return {f.name: f.metadata["help"] for f in fields(cls) if f.name not in inherited}
+        inherited, hints = {f.name for f in fields(TrainingArguments)}, get_type_hints(cls)
+        return {f.name: _explained(f, hints[f.name]) for f in fields(cls) if f.name not in inherited}
 
     @classmethod
     def parse(cls, arguments: Sequence[str] = (), *, yaml_file: str | Path | None = None) -> "CoSupConfig":

@@ -26,8 +26,10 @@ def run(*command: object, **options) -> str:
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
+    tree = folder / "tree"  # without egg-info: files that it lists go into the sdist too
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "*.egg-info", "build", "__pycache__", "site"))
     # elsewhere: the folder build/ of the clone is not the package build
-    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, tree, cwd=folder)
     (path,) = folder.glob("cosup-*.tar.gz")
     return path
 

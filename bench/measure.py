@@ -13,6 +13,7 @@ PyTorch's gradients in float64. A method that raises is a result: ``failed`` say
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells of each profile
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [N, D], w [M, D], target [N] -> mean loss
 ERROR_ROWS = 256

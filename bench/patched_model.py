@@ -6,7 +6,10 @@ A step is forward, backward and AdamW. Each model has a process of its own, and 
 the machine is alike to both.
 
     resident_bytes    the most that the process ever held: libraries, weights, optimizer, and a step
-    step_bytes        the same above what it had to hold before the last step: activations, gradients and the loss
+    step_bytes        the same above what it had to hold before a step: activations, gradients and the loss
+
+The memory is of one more step, not timed, before which what glibc keeps of freed memory was given back: a step must not
+find its room there, and look smaller than it is.
 """
 
 from __future__ import annotations
@@ -57,14 +60,14 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for name in MODELS
     }
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in MODELS}
-    for _ in range(args.steps):
+    for line in ["time\n"] * args.steps + ["memory\n"]:
         for name, process in processes.items():
             assert process.stdin and process.stdout
             with suppress(BrokenPipeError):  # it is gone: told below
-                process.stdin.write("step\n")
+                process.stdin.write(line)
                 process.stdin.flush()
-                steps[name] += [json.loads(line) for line in [process.stdout.readline()] if line]
-    rows = [_row(name, steps[name], args.steps) for name in MODELS]
+                steps[name] += [json.loads(told) for told in [process.stdout.readline()] if told]
+    rows = [_row(name, steps[name], args.steps + 1) for name in MODELS]
     for process in processes.values():
         with suppress(BrokenPipeError):
             process.communicate()
@@ -78,7 +81,7 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _row(name: str, steps: list[dict[str, Any]], wanted: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": name, "failed": None, "step_seconds": [step["seconds"] for step in steps]}
+    row: dict[str, Any] = {"method": name, "failed": None, "step_seconds": [step["seconds"] for step in steps[:-1]]}
     if len(steps) < wanted:
         return row | {"failed": f"its process ended in step {len(steps) + 1}", "step_seconds": []}
     last = steps[-1]
@@ -99,9 +102,10 @@ def take_steps(args: argparse.Namespace) -> None:
         cosup.patch(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(args.vocabulary, tuple(args.batch))
-    for _ in sys.stdin:
+    for line in sys.stdin:
         optimizer.zero_grad()
-        _give_back()
+        if line == "memory\n":
+            _give_back()
         before = psutil.Process().memory_info().rss
         start = time.perf_counter()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -114,7 +118,7 @@ def take_steps(args: argparse.Namespace) -> None:
 
 
 def _give_back() -> None:
-    """Memory that glibc keeps when it is freed goes back: a step must not find its room there, and look smaller."""
+    """Freed memory, which glibc keeps, to the system."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

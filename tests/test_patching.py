@@ -75,8 +75,9 @@ def loss_in_float64(logits, labels, vocab_size, num_items_in_batch=None, **kwarg
 def assert_no_less_exact(ours, plain, exact, message=""):
     """Loss and gradients of ours as near to those in float64 as plain's are, times two."""
     (_, loss, grads), (_, plain_loss, plain_grads), (_, exact_loss, exact_grads) = ours, plain, exact
-    eps = torch.finfo(plain_loss.dtype).eps
-    assert abs(loss - exact_loss) <= 2 * abs(plain_loss - exact_loss) + 4 * eps * abs(exact_loss), message
+    # one number may be lucky: logits are off by half an eps of the weights, their mean over some 30 rows by a tenth
+    eps = max(4 * torch.finfo(plain_loss.dtype).eps, *(torch.finfo(g.dtype).eps / 16 for g in grads.values()))
+    assert abs(loss - exact_loss) <= 2 * abs(plain_loss - exact_loss) + eps * abs(exact_loss), message
     assert loss.dtype == plain_loss.dtype and grads.keys() == plain_grads.keys()
     largest = max(g.norm() for g in exact_grads.values())
     for name, wanted in exact_grads.items():

@@ -5,8 +5,8 @@ python bench/patched_model.py [--vocabulary 49152] [--batch 8 512] [--layers 2] 
 A step is forward, backward and AdamW. Each model has a process of its own, and they take their steps in turn, so that
 the machine is alike to both.
 
-    resident_bytes    the most that the process ever held: libraries, weights, optimizer, and a step
-    step_bytes        the same above what it had to hold before a step: activations, gradients and the loss
+    resident_bytes    the most that the process held in a step: libraries, weights, optimizer, and what the step takes
+    step_bytes        the same above what it had to hold before the step: activations, gradients and the loss
 
 The memory is of one more step, not timed, before which what glibc keeps of freed memory was given back: a step must not
 find its room there, and look smaller than it is.
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -105,7 +106,7 @@ def take_steps(args: argparse.Namespace) -> None:
     for line in sys.stdin:
         optimizer.zero_grad()
         if line == "memory\n":
-            _give_back()
+            _forget()
         before = psutil.Process().memory_info().rss
         start = time.perf_counter()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -117,12 +118,13 @@ def take_steps(args: argparse.Namespace) -> None:
         print(json.dumps(row), flush=True)
 
 
-def _give_back() -> None:
-    """Freed memory, which glibc keeps, to the system."""
+def _forget() -> None:
+    """Give freed memory, which glibc keeps, back to the system; take what is held now for the most that was."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

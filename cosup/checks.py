@@ -83,8 +83,8 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_smoothing(label_smoothing: float) -> None:
-    if not isinstance(label_smoothing, float | int) or not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
+    if label_smoothing is None or isinstance(label_smoothing, str) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
 
 
 def check_targets(target: Tensor, m: int) -> None:

@@ -328,12 +328,12 @@ def _eval(cls, folder: str):
 def _milvus(place: str) -> tuple[Any, dict[str, Any]] | None:
     """MilvusIndex, and which, for the place of an index that is URI/COLLECTION; None for a folder."""
     uri, _, collection = place.rpartition("/")
-    if "://" not in place and not uri.endswith(".db"):
+    if "://" not in place and not uri.endswith(".db") and not place.endswith(".db"):
         return None
-    if "://" in place and "://" not in uri:
+    if place.endswith(".db") or ("://" in place and "://" not in uri):
         raise ValueError(f"index: wanted URI/COLLECTION, got {place} without a collection")
     try:
         from cosup.integrations.milvus import MilvusIndex
     except ImportError as error:
-        raise RuntimeError("an index in Milvus needs the package pymilvus: pip install pymilvus milvus-lite") from error
+        raise RuntimeError("an index in Milvus needs pip install 'pymilvus>=3' 'milvus-lite>=3'") from error
     return MilvusIndex, {"uri": uri, "collection": collection, "token": os.environ.get("MILVUS_TOKEN")}

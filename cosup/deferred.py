@@ -29,7 +29,7 @@ class Call:
     name: str
     return_stats: ReturnStats
     losses: int = 0  # made from deferred logits
-    loss: Tensor | None = None  # the last of them
+    mean: Tensor | None = None  # of the last of them, over its targets
     stats: RowStats | None = None
 
 
@@ -179,7 +179,8 @@ class DeferredLogits:
             made = linear_cross_entropy(x, w, target, weight=weight, reduction=reduction,
                                         label_smoothing=label_smoothing, return_stats=call.return_stats, **same)
             loss, call.stats = made if isinstance(made, tuple) else (made, None)
-        call.losses, call.loss = call.losses + 1, loss.clone()  # models add to it in place
+        mean = loss if reduction == "mean" else loss.sum() / (target != ignore_index).sum().clamp(min=1)
+        call.losses, call.mean = call.losses + 1, mean.clone()  # models add to it in place
         return loss if torch.is_autocast_enabled(self.device.type) else loss.to(self.dtype)
 
     def __add__(self, other) -> DeferredLogits:

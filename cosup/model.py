@@ -282,9 +282,10 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _CONFIG).unlink(missing_ok=True)
         shutil.rmtree(folder / SHARDS, ignore_errors=True)  # weights that stood here
-        for pattern in ("gen/*.safetensors*", "ctx/*.safetensors*", _EXTRA):
-            for path in folder.glob(pattern):
+        for half in ("gen",) if self.config.shared_weights else ("gen", "ctx"):
+            for path in folder.glob(f"{half}/*.safetensors*"):
                 path.unlink()
+        (folder / _EXTRA).unlink(missing_ok=True)
         self.gen.save_pretrained(folder / "gen", state_dict=_below("gen.", weights))
         self.gen_tokenizer.save_pretrained(folder / "gen")
         if not self.config.shared_weights:

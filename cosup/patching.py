@@ -35,7 +35,8 @@ def patch(model: Model) -> Model:
         return_logits   True: as before, in training too; False: no logits, in evaluation too
         return_stats    True: ``outputs.stats`` is a :class:`cosup.RowStats` of the loss's rows, [B, T], from the same
                         pass: the row at t is of the target at t + 1, and zeros stand where there is none.
-                        ``outputs.cross_entropy`` is the loss without what the model adds, as a balance of experts.
+                        ``outputs.cross_entropy`` is the mean over the targets, without what the model adds to its
+                        loss, as a balance of experts
                         "differentiable": with gradients of ``log_prob``, ``nll``, ``lse`` and ``entropy``, for losses
                         of one's own, as of :func:`cosup.linear_log_prob`
 
@@ -60,7 +61,8 @@ def patch(model: Model) -> Model:
     if "_cosup_before" in causal.__dict__ and getattr(causal.forward, "__func__", None) is not type(causal).forward:
         # wrapped since, as by accelerate; what was loaded anew has its class's own
         if getattr(_try(causal), "logits", causal) is not None:
-            raise ValueError(f"model: wanted {name} as cosup.patch left it, got it with another forward")
+            want = f"model: wanted {name} as cosup.patch left it"
+            raise ValueError(f"{want}, got it with another forward; unwrap it first")
         return model
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
     if head is None:
@@ -208,7 +210,7 @@ def _finished(outputs: Any, call: Call, labels: Tensor) -> Any:
             raise ValueError(f"return_stats: wanted one cross entropy and return_dict=True, got {got}")
         rows = labels.shape if call.stats.nll.numel() == labels.numel() else (*labels.shape[:-1], -1)
         outputs["stats"] = RowStats(*(f.reshape(rows) for f in call.stats))
-        outputs["cross_entropy"] = call.loss
+        outputs["cross_entropy"] = call.mean
     return outputs
 
 

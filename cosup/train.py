@@ -640,8 +640,10 @@ class CoSupTrainer(Trainer):
         if self.args.should_save:  # one of an earlier run; it is written last, and makes a checkpoint whole
             (folder / _STATE).unlink(missing_ok=True)
         self._saves_checkpoint = True
-        super()._save_checkpoint(model, trial)
-        self._saves_checkpoint = False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saves_checkpoint = False
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -652,7 +654,9 @@ class CoSupTrainer(Trainer):
         if Path(resume_from_checkpoint, SHARDS).is_dir():
             self.model.load_shards(resume_from_checkpoint)
             return
-        kept = GenCtxModel.from_pretrained(resume_from_checkpoint, config=self.model.config, dtype=self.model.gen.dtype)
+        saved = GenCtxConfig.of_saved(resume_from_checkpoint) or self.model.config
+        config = replace(self.model.config, temperature=saved.temperature)  # a learned one goes on
+        kept = GenCtxModel.from_pretrained(resume_from_checkpoint, config=config, dtype=self.model.gen.dtype)
         set_model_state_dict(self.model, kept.state_dict(), options=StateDictOptions(full_state_dict=True))
 
     def _load_best_model(self) -> None:
@@ -669,7 +673,7 @@ class CoSupTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and Path(checkpoint, SHARDS).is_dir() != self._in_parts:
-            forms = ["SHARDED_STATE_DICT", "FULL_STATE_DICT"][:: -1 if self._in_parts else 1]
+            forms = ["SHARDED_STATE_DICT", "none such"][:: -1 if self._in_parts else 1]
             raise ValueError(f"fsdp_config: wanted state_dict_type {forms[0]} as in {checkpoint}, got {forms[1]}")
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:

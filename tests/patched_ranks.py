@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
@@ -27,13 +28,13 @@ def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, ids.masked_fill(torch.arange(9) < torch.tensor([[3], [0], [2], [2]]), -100)
 
 
-def steps(model, of: slice) -> list[float]:
+def steps(model, of: slice, patched: bool = True) -> list[float]:
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
     for step in range(STEPS):
         ids, labels = (part[of] for part in rows(step))
         optimizer.zero_grad()
         outputs = model(input_ids=ids, labels=labels)
-        assert outputs.logits is None
+        assert (outputs.logits is None) == patched
         outputs.loss.backward()
         optimizer.step()
         losses.append(outputs.loss.item())
@@ -41,8 +42,9 @@ def steps(model, of: slice) -> list[float]:
 
 
 def alone(tied: bool) -> tuple[list[float], dict]:
-    model = cosup.patch(tiny_gen(tied=tied).train())
-    return steps(model, slice(None)), model.state_dict()
+    """One process, without cosup."""
+    model = tiny_gen(tied=tied).train()
+    return steps(model, slice(None), patched=False), model.state_dict()
 
 
 def sharded(model, head_too: bool = False, keep: bool = False):
@@ -92,6 +94,7 @@ def head_of_its_own(folder: Path, of: slice):
 
 RUNS = {
     "fsdp": lambda folder, of: fsdp(folder, of, tied=False),
+    "fsdp without cosup": lambda folder, of: steps(sharded(tiny_gen().train()), of, patched=False),
     "fsdp tied": lambda folder, of: fsdp(folder, of, tied=True),
     "fsdp after": fsdp_after,
     "ddp": ddp,
@@ -103,9 +106,18 @@ RUNS = {
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank, gather = dist.get_rank(), _fsdp_param_group.foreach_all_gather
+    gathered: list[str | None] = []  # names of weights, each as often as it is put together
+
+    def noted(params, *args, **kwargs):
+        gathered.extend(param._param_fqn for param in params)
+        return gather(params, *args, **kwargs)
+
+    _fsdp_param_group.foreach_all_gather = noted
     for name, run in RUNS.items():
+        gathered.clear()
         torch.save(run(folder, slice(2 * rank, 2 * rank + 2)), folder / f"{name}.{rank}")
+        torch.save(gathered, folder / f"{name}.{rank}.gathered")
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo may abort a process at its end

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import cosup
-from tiny import tiny_gen
+from cosup.data import write_jsonl
+from tiny import tiny_folder, tiny_gen, tiny_instances, tiny_passages
 
 ROOT = Path(__file__).parents[1]
 PAGES = {loss: ROOT / f"docs/{loss}.md" for loss in ("linear_cross_entropy", "info_nce", "sigmoid_loss")}
@@ -60,11 +62,31 @@ def test_every_block_is_run():
     assert not {kind for kind in kinds if kind.startswith("py")} - {"python", "python torchrun", "python lightning"}
 
 
-def test_readme_runs():
-    """The blocks that bring their own inputs; the others are excerpts, or need weights and data."""
-    own = [block for block in blocks(ROOT / "README.md", "python") if block.lstrip().startswith("import torch\n")]
-    assert own
-    run(ROOT / "README.md", own)
+def test_readme_runs(tmp_path, monkeypatch, capsys):
+    """Its blocks in their order, with a tiny model and data where it says to give one's own."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "passages.jsonl", tiny_passages(8).values())
+    write_jsonl(tmp_path / "train.jsonl", tiny_instances(8))
+    gen = tiny_folder(tmp_path / "gen", tiny_gen())
+    (yaml,) = blocks(ROOT / "README.md", "yaml")
+    assert "gen: path/or/hub-id" in yaml and "max_steps: 100" in yaml
+    yaml = yaml.replace("path/or/hub-id", str(gen)).replace("max_steps: 100", "max_steps: 2\nuse_cpu: true")
+    (tmp_path / "train.yaml").write_text(yaml)
+
+    head = torch.nn.Linear(16, 50, bias=False)
+    namespace = {"F": F, "cosup": cosup, "model": SimpleNamespace(lm_head=head), "hidden": torch.randn(30, 16),
+                 "scale": 0.5, "labels": torch.randint(50, (30,))}  # fmt: skip
+    results = []
+    for block in blocks(ROOT / "README.md", "python"):
+        if "cosup.patch(model)" in block:
+            namespace["model"] = tiny_gen()
+        exec(compile(block, "README.md", "exec"), namespace)
+        results.append({name: namespace.get(name) for name in ("loss", "accuracy", "stats", "model")})
+    plain, ours, patched = results[:3]
+    torch.testing.assert_close(ours["loss"], plain["loss"])
+    assert ours["stats"].top1.float().mean() == plain["accuracy"]
+    assert "forward" in patched["model"].__dict__
+    assert (tmp_path / "pair/cosup_config.json").is_file() and "answer" in namespace
 
 
 SCRIPTS = [page for page in sorted((ROOT / "docs").glob("*.md")) if blocks(page, "python torchrun")]

@@ -1,5 +1,7 @@
 """TRL's SFTTrainer on a patched model trains as it does without: the same losses, metrics and weights."""
 
+from types import MethodType
+
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
@@ -76,12 +78,17 @@ class Reweighted(SFTTrainer):
         return -(outputs.log_probs * outputs.log_probs.detach().exp()).mean()
 
 
-@pytest.mark.parametrize("kind", [SFTTrainer, Reweighted])
-def test_gradients_of_a_step(kind, tmp_path):
+@pytest.mark.parametrize("where", ["theirs", "of a subclass", "of the trainer", "set on the class"])
+def test_gradients_of_a_step(where, tmp_path, monkeypatch):
+    if where == "set on the class":
+        monkeypatch.setattr(SFTTrainer, "compute_loss", Reweighted.compute_loss)
+
     def grads(patched):
-        made = trainer(tmp_path, tiny_gen(), kind=kind)
+        made = trainer(tmp_path, tiny_gen(), kind=Reweighted if where == "of a subclass" else SFTTrainer)
         if patched:
             cosup.integrations.trl.patch(made)
+        if where == "of the trainer":
+            made.compute_loss = MethodType(Reweighted.compute_loss, made)
         rows = next(iter(made.get_train_dataloader()))
         made.compute_loss(made.model, rows, num_items_in_batch=torch.tensor(37)).backward()
         return [p.grad for p in made.model.parameters()]

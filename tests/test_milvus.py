@@ -403,16 +403,17 @@ def test_the_command_takes_a_collection_for_a_folder(tmp_path, monkeypatch):
 
 def test_the_command_says_where_an_index_is(monkeypatch):
     monkeypatch.delenv("MILVUS_TOKEN", raising=False)
-    for place in ("pair-index", "out/pair-index", "corpus.db", "/tmp/corpus.dbx/a"):
+    for place in ("pair-index", "out/pair-index", "/tmp/corpus.dbx/a"):
         assert cli._milvus(place) is None
     for place, uri in (("http://host:19530/a", "http://host:19530"), ("https://host/db/a", "https://host/db"),
                        ("/data/corpus.db/a", "/data/corpus.db"), ("corpus.db/a", "corpus.db")):  # fmt: skip
         assert cli._milvus(place) == (MilvusIndex, {"uri": uri, "collection": "a", "token": None})
     monkeypatch.setitem(os.environ, "MILVUS_TOKEN", "user:secret")
     assert cli._milvus("corpus.db/a")[1]["token"] == "user:secret"
-    with pytest.raises(ValueError, match="index: wanted URI/COLLECTION, got http://host:19530 without a collection"):
-        cli._milvus("http://host:19530")
+    for place in ("http://host:19530", "corpus.db"):
+        with pytest.raises(ValueError, match=f"index: wanted URI/COLLECTION, got {place} without a collection"):
+            cli._milvus(place)
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     monkeypatch.delitem(sys.modules, "cosup.integrations.milvus")
-    with pytest.raises(RuntimeError, match="needs the package pymilvus: pip install"):
+    with pytest.raises(RuntimeError, match="in Milvus needs pip install"):
         cli._milvus("corpus.db/a")

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp tied", "fsdp after", "head kept"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp without cosup", "fsdp tied", "fsdp after", "head kept"])
 def test_losses_of_ranks_are_those_of_one_process(name, folder):
     """Of three steps with AdamW: the third sees what the gradients of two did."""
     wanted, _ = patched_ranks.alone("tied" in name)
@@ -35,6 +35,16 @@ def test_losses_of_ranks_are_those_of_one_process(name, folder):
                for _, labels in map(patched_ranks.rows, range(patched_ranks.STEPS))]  # fmt: skip
     assert all(first == second for first, second in targets)
     assert [sum(step) / WORLD for step in zip(*losses, strict=True)] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp tied", "head kept"])
+def test_the_head_is_gathered_once_a_step(name, folder):
+    """For the loss, which makes its gradients in the same pass; layers twice, forward and backward."""
+    head = "model.embed_tokens.weight" if "tied" in name else "lm_head.weight"
+    for rank in range(WORLD):
+        gathered = torch.load(folder / f"{name}.{rank}.gathered")
+        assert gathered.count(head) == patched_ranks.STEPS
+        assert gathered.count("model.layers.0.mlp.up_proj.weight") == 2 * patched_ranks.STEPS
 
 
 @pytest.mark.parametrize("tied", [False, True])

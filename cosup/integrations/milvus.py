@@ -61,7 +61,7 @@ class MilvusIndex:
 
     @property
     def passages(self) -> list[Passage]:
-        """All of them, in the order of the build, read from Milvus into memory each time."""
+        """In the order of the build; read from Milvus into memory each time."""
         return self._read(range(len(self)))
 
     @classmethod
@@ -108,9 +108,8 @@ class MilvusIndex:
         try:
             for batch, block_PD in embedded(_storable(passages), embed, normalize, batch_size):
                 if not made:
-                    manifest["dim"] = block_PD.shape[1]
+                    manifest["dim"], made = block_PD.shape[1], True
                     _create(client, collection, manifest)
-                    made = True
                 rows = [
                     {"row": row, "id": passage.id, "title": passage.title, "text": passage.text, "vector": vector_D}
                     for row, (passage, vector_D) in enumerate(zip(batch, block_PD, strict=True), manifest["count"])
@@ -156,8 +155,8 @@ class MilvusIndex:
                 risk.
 
         Raises ValueError for a server that is not reached, a file that is not there, a collection that is not there or
-        no index of this format, a build that was not finished, an index of another model, and passages added or taken
-        away since.
+        no index of this format, a build that was not finished, an index of another model, and another number of
+        passages than was built.
         """
         if uri.endswith(".db") and not Path(uri).exists():  # it would be made
             raise ValueError(f"uri: wanted a local file that exists, got {uri}")

@@ -20,6 +20,7 @@ import cosup.patching
 from cosup.softmax import RowStats
 
 Trainer = TypeVar("Trainer", bound=SFTTrainer)
+_THEIRS = "trl.trainer.sft_trainer"
 
 
 def patch(trainer: Trainer) -> Trainer:
@@ -33,15 +34,12 @@ def patch(trainer: Trainer) -> Trainer:
     model: Any = trainer.model
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     patched = cosup.patching.patch(model).forward.__func__
-    # the mean of log-probabilities is all that is asked of them: then gradients come from the loss's own pass
-    args: Any = trainer.args
-    summed = args.loss_type == "nll" and type(trainer).compute_loss is SFTTrainer.compute_loss
 
     @functools.wraps(patched)
     def forward(self, *args, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs):
         if not fused_lm_head or labels is None:
             return patched(self, *args, labels=labels, **kwargs)
-        of_sum = summed and kwargs.get("num_items_in_batch") is None
+        of_sum = _sums(trainer)
         return_stats = True if of_sum else "differentiable"
         outputs = patched(self, *args, labels=labels, return_logits=False, return_stats=return_stats, **kwargs)
         stats, targets = outputs.stats, kwargs.get("shift_labels")
@@ -56,3 +54,10 @@ def patch(trainer: Trainer) -> Trainer:
 
     model.forward = MethodType(forward, model)
     return trainer
+
+
+def _sums(trainer: Any) -> bool:
+    """Whether the loss asks no more than the sum of log-probabilities: its gradient comes from the loss's own pass."""
+    loss = getattr(trainer.compute_loss, "__func__", None)
+    is_theirs = loss is not None and (loss.__module__, loss.__qualname__) == (_THEIRS, "SFTTrainer.compute_loss")
+    return is_theirs and trainer.args.loss_type == "nll"

@@ -59,8 +59,9 @@ def _explained(option: Any, hint: Any) -> str:
     if choices:
         text += f" One of {', '.join(choices)}."
     if option.name in {f.name for f in fields(GenCtxConfig)}:
-        values = [getattr(preset, option.name) for preset in (GenCtxConfig(), GenCtxConfig.paper())]
-        text = text.replace("Default: the preset's.", "Default {}, paper {}.".format(*values))
+        default, paper = (getattr(preset, option.name) for preset in (GenCtxConfig(), GenCtxConfig.paper()))
+        values = f"Default {default}" if paper == default else f"Default {default}, paper {paper}"
+        text = text.replace("Default: the preset's.", f"{values}.")
     return text
 
 
@@ -81,7 +82,7 @@ class CoSupConfig(TrainingArguments):
     )
     pooling: Pooling | None = _choice("A passage vector is the mean, the last real token, or an appended token.")
     shared_weights: bool | None = _choice("Ctx is Gen's own decoder.")
-    normalize: bool | None = _choice("Compare queries and passages by cosine.")
+    normalize: bool | None = _choice("Compare queries and passages by cosine; False: by inner product.")
     temperature: float | None = _choice("Divides the similarities.")
     learn_temperature: bool | None = _choice("Train the temperature too.")
     passage_in_ntp: bool | None = _choice("Passage tokens are targets of next-token prediction too.")

@@ -10,16 +10,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaForCausalLM
+from torch.utils.data import SequentialSampler
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import cosup
 from tiny import VOCABULARY, tiny_gen
 
-STEPS = 3
+STEPS, WORLD = 3, 2
 
 
 def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +95,35 @@ def head_of_its_own(folder: Path, of: slice):
         return str(error)
 
 
+class OnCPUs(TrainingArguments):
+    """accelerate shards on GPUs only, and asks the state it keeps what these processes are."""
+
+    def __post_init__(self):
+        self.fsdp = True
+        super().__post_init__()
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+
+def trained(folder: Path, model, ranks: int = 1) -> list[float]:
+    """Losses of three steps of transformers' Trainer, as `accelerate launch --use_fsdp` runs it over ranks."""
+    pairs = (pair for step in range(STEPS) for pair in zip(*rows(step), strict=True))
+    data = [{"input_ids": ids, "labels": labels} for ids, labels in pairs]
+    options = dict(max_steps=STEPS, logging_steps=1, learning_rate=1e-2, lr_scheduler_type="constant", use_cpu=True)
+    options |= dict(save_strategy="no", report_to=[], disable_tqdm=True, max_grad_norm=0.0)
+    kind = OnCPUs if ranks > 1 else TrainingArguments
+    trainer = InOrder(model, kind(str(folder), per_device_train_batch_size=4 // ranks, **options), train_dataset=data)
+    trainer.train()
+    assert ranks == 1 or any(isinstance(module, FSDPModule) for module in trainer.model.model.layers)
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
 RUNS = {
+    "trainer": lambda folder, of: trained(folder, cosup.patch(tiny_gen().train()), WORLD),
     "fsdp": lambda folder, of: fsdp(folder, of, tied=False),
     "fsdp without cosup": lambda folder, of: steps(sharded(tiny_gen().train()), of, patched=False),
     "fsdp tied": lambda folder, of: fsdp(folder, of, tied=True),

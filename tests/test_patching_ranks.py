@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from tiny import tiny_gen
 
-WORLD = 2
+WORLD = patched_ranks.WORLD
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,12 @@ def test_losses_of_ranks_are_those_of_one_process(name, folder):
                for _, labels in map(patched_ranks.rows, range(patched_ranks.STEPS))]  # fmt: skip
     assert all(first == second for first, second in targets)
     assert [sum(step) / WORLD for step in zip(*losses, strict=True)] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_trainer_sharded_by_accelerate(folder, tmp_path):
+    wanted = patched_ranks.trained(tmp_path, tiny_gen().train())
+    for rank in range(WORLD):
+        assert torch.load(folder / f"trainer.{rank}") == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp tied", "head kept"])

@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 import cosup
 from tiny import VOCABULARY, tiny_encoder, tiny_gen
@@ -657,6 +665,19 @@ def test_unwrapped_by_accelerate_it_is_patched_still():
     assert unwrapped(**batch()).logits is None
     assert cosup.unpatch(unwrapped)(**batch()).logits is not None
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_text_with_images():
+    """Its head is of the text part; images stand in the rows as tokens that are no targets."""
+    torch.manual_seed(0)
+    seen = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                            image_size=16, patch_size=8)  # fmt: skip
+    text = LlamaConfig(**SIZES)
+    config = LlavaConfig(vision_config=seen, text_config=text, image_token_index=VOCABULARY - 1, image_seq_length=4)
+    inputs = batch()
+    inputs["input_ids"][:, 1:5] = inputs["labels"][:, 1:5] = VOCABULARY - 1
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] == VOCABULARY - 1, -100)
+    assert_as_before(LlavaForConditionalGeneration(config).train(), **inputs, pixel_values=torch.randn(3, 3, 16, 16))
 
 
 def test_patched_again_where_a_trainer_has_wrapped_it(tmp_path):

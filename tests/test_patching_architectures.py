@@ -46,7 +46,7 @@ def test_a_sample(model_type):
 
 def test_all(request):
     if not request.config.getoption("--all-architectures"):
-        pytest.skip("a few minutes: pytest tests/test_patching_architectures.py --all-architectures")
+        pytest.skip("a minute or two: pytest tests/test_patching_architectures.py --all-architectures")
     verdicts = survey()
     assert not [f"{name}: {verdict.reason}" for name, verdict in verdicts.items() if verdict.status == "wrong"]
     assert sum(verdict.status == "exact" for verdict in verdicts.values()) >= 150

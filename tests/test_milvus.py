@@ -403,7 +403,7 @@ def test_the_command_takes_a_collection_for_a_folder(tmp_path, monkeypatch):
 
 def test_the_command_says_where_an_index_is(monkeypatch):
     monkeypatch.delenv("MILVUS_TOKEN", raising=False)
-    for place in ("pair-index", "out/pair-index", "/tmp/corpus.dbx/a"):
+    for place in ("pair-index", "out/pair-index", "data/corpus.dbx/a"):
         assert cli._milvus(place) is None
     for place, uri in (("http://host:19530/a", "http://host:19530"), ("https://host/db/a", "https://host/db"),
                        ("/data/corpus.db/a", "/data/corpus.db"), ("corpus.db/a", "corpus.db")):  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -113,44 +114,22 @@ def bench_everything(
         raise typer.Exit(1)
 
 
-@bench.command("linear_cross_entropy", context_settings=ANY_OPTION, add_help_option=False)
-def bench_linear_cross_entropy(context: typer.Context) -> None:
-    """Against every peer that is installed, and the bare matrix products; --help lists the options."""
-    from cosup.bench import linear_cross_entropy
-
-    linear_cross_entropy.run(context.args)
-
-
-@bench.command("info_nce", context_settings=ANY_OPTION, add_help_option=False)
-def bench_info_nce(context: typer.Context) -> None:
-    """Against every peer that is installed, and the bare matrix products; --help lists the options."""
-    from cosup.bench import info_nce
-
-    info_nce.run(context.args)
+SUBJECTS = {
+    "linear_cross_entropy": "Against every peer that is installed, and the bare matrix products",
+    "info_nce": "Against every peer that is installed, and the bare matrix products",
+    "ranks": "info_nce over processes of a CPU, against its cost model",
+    "patched-model": "A step of a whole model on a CPU, patched and not",
+    "large-pool": "info_nce with candidates that fill a CPU's memory",
+}
 
 
-@bench.command("ranks", context_settings=ANY_OPTION, add_help_option=False)
-def bench_ranks(context: typer.Context) -> None:
-    """info_nce over processes of a CPU, against its cost model; --help lists the options."""
-    from cosup.bench import ranks
-
-    ranks.run(context.args)
+def _bench_subject(context: typer.Context) -> None:
+    import_module(f"cosup.bench.{str(context.info_name).replace('-', '_')}").run(context.args)
 
 
-@bench.command("patched-model", context_settings=ANY_OPTION, add_help_option=False)
-def bench_patched_model(context: typer.Context) -> None:
-    """A step of a whole model on a CPU, patched and not; --help lists the options."""
-    from cosup.bench import patched_model
-
-    patched_model.run(context.args)
-
-
-@bench.command("large-pool", context_settings=ANY_OPTION, add_help_option=False)
-def bench_large_pool(context: typer.Context) -> None:
-    """info_nce with candidates that fill a CPU's memory; --help lists the options."""
-    from cosup.bench import large_pool
-
-    large_pool.run(context.args)
+for _name, _meaning in SUBJECTS.items():
+    _help = f"{_meaning}; --help lists the options."
+    bench.command(_name, help=_help, context_settings=ANY_OPTION, add_help_option=False)(_bench_subject)
 
 
 @bench.command("hidden-states")

@@ -118,7 +118,7 @@ class SequenceIndex:
         kept: list[Passage] = []
         waiting: list[np.ndarray] = []  # until the index can be trained
         vectors: faiss.Index | None = None
-        for batch, block_PD in embedded(passages, embed, normalize, batch_size):
+        for batch, block_PD in embedded_batches(passages, embed, normalize, batch_size):
             kept += batch
             if vectors is None:
                 vectors = _empty(block_PD.shape[1], factory)
@@ -148,7 +148,7 @@ class SequenceIndex:
         cls, model: Encoder, passages: Iterable[Passage], *, factory: str = "Flat", batch_size: int = 64
     ) -> "SequenceIndex":
         """The index of a `GenCtxModel` over passages, embedded by length so that batches hold little padding."""
-        return built_of(model, passages, partial(cls.build, factory=factory, batch_size=batch_size))
+        return build_with(model, passages, partial(cls.build, factory=factory, batch_size=batch_size))
 
     def search(self, queries: Tensor, k: int = 1) -> tuple[Tensor, list[list[Passage]]]:
         """The k passages of the highest score, best first, for each query.
@@ -251,7 +251,7 @@ class SequenceIndex:
         )
 
 
-def embedded(
+def embedded_batches(
     passages: Iterable[Passage], embed: Callable[[list[Passage]], Tensor], normalize: bool, batch_size: int
 ) -> Iterator[tuple[list[Passage], np.ndarray]]:
     """The passages batch by batch with their vectors [P, D] float32, all checked; at least one batch."""
@@ -280,7 +280,7 @@ def embedded(
         raise ValueError("passages: wanted at least one, got none")
 
 
-def built_of(model: Encoder, passages: Iterable[Passage], build: Callable[..., Index]) -> Index:
+def build_with(model: Encoder, passages: Iterable[Passage], build: Callable[..., Index]) -> Index:
     """What `build` makes of the passages as the model embeds them, by length so that batches hold little padding."""
     training = model.training
     model.eval()

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from fsdp_on_cpus import FSDPOnCPUs
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
@@ -95,13 +94,8 @@ def head_of_its_own(folder: Path, of: slice):
         return str(error)
 
 
-class OnCPUs(TrainingArguments):
-    """accelerate shards on GPUs only, and asks the state it keeps what these processes are."""
-
-    def __post_init__(self):
-        self.fsdp = True
-        super().__post_init__()
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+class Sharded(FSDPOnCPUs, TrainingArguments):
+    pass
 
 
 class InOrder(Trainer):
@@ -115,7 +109,7 @@ def trained(folder: Path, model, ranks: int = 1) -> list[float]:
     data = [{"input_ids": ids, "labels": labels} for ids, labels in pairs]
     options = dict(max_steps=STEPS, logging_steps=1, learning_rate=1e-2, lr_scheduler_type="constant", use_cpu=True)
     options |= dict(save_strategy="no", report_to=[], disable_tqdm=True, max_grad_norm=0.0)
-    kind = OnCPUs if ranks > 1 else TrainingArguments
+    kind = Sharded if ranks > 1 else TrainingArguments
     trainer = InOrder(model, kind(str(folder), per_device_train_batch_size=4 // ranks, **options), train_dataset=data)
     trainer.train()
     assert ranks == 1 or any(isinstance(module, FSDPModule) for module in trainer.model.model.layers)

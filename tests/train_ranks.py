@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from fsdp_on_cpus import FSDPOnCPUs
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
 from train_worker import make_trainer
@@ -41,13 +40,8 @@ def instances(kinds: str, negatives: bool = True) -> list[Instance]:
     return made
 
 
-class Sharded(CoSupConfig):
-    """FSDP on CPUs: accelerate does it for GPUs only, and asks the state it keeps what these processes are."""
-
-    def __post_init__(self):
-        self.fsdp = True
-        super().__post_init__()
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+class Sharded(FSDPOnCPUs, CoSupConfig):
+    pass
 
 
 class Recorder(CoSupTrainer):

@@ -24,11 +24,11 @@ from cosup.data.schema import Passage
 from cosup.index import (
     FORMAT_VERSION,
     Encoder,
-    built_of,
+    build_with,
     check_fingerprint,
     checked_manifest,
     checked_queries,
-    embedded,
+    embedded_batches,
 )
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class MilvusIndex:
         }
         made = False
         try:
-            for batch, block_PD in embedded(_storable(passages), embed, normalize, batch_size):
+            for batch, block_PD in embedded_batches(_storable(passages), embed, normalize, batch_size):
                 if not made:
                     manifest["dim"], made = block_PD.shape[1], True
                     _create(client, collection, manifest)
@@ -144,7 +144,7 @@ class MilvusIndex:
         """
         passages = list(_storable(passages))
         build = partial(cls.build, uri=uri, collection=collection, batch_size=batch_size, token=token)
-        return built_of(model, passages, build)
+        return build_with(model, passages, build)
 
     @classmethod
     def connect(cls, uri: str, collection: str, fingerprint: str | None, *, token: str | None = None) -> "MilvusIndex":

@@ -54,7 +54,8 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_onednn(x: Tensor) -> bool:
-    return ONEDNN and x.dtype == torch.float32 and x.shape[1] > 0 and bool(torch.backends.mkldnn.enabled)
+    on_cpu = x.device.type == "cpu"
+    return on_cpu and ONEDNN and x.dtype == torch.float32 and x.shape[1] > 0 and bool(torch.backends.mkldnn.enabled)
 
 
 def _has_onednn() -> bool:

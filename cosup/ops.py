@@ -19,9 +19,10 @@ from torch import Tensor
 from cosup import ring as ring_walk
 from cosup.distributed import Peers, add_over_ranks, joined, merge_columns, shard, sum_over_ranks
 from cosup.kernels.reference import ColumnState, RowState
-from cosup.plan import Strategy, plan, strip_cols, used
+from cosup.plan import Strategy, enough, plan, strip_cols, used
 from cosup.positives import Positives
 from cosup.walk import (
+    HAS_TRITON,
     Columns,
     Need,
     Problem,
@@ -59,7 +60,8 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
         col0, m = sum(peers.counts[: peers.rank]), sum(peers.counts)
     p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, x2, w2, margin, symmetric=symmetric,
                 positives=positives, col0=col0, columns=m, shard=part,
-                workspace_bytes=budget if part is None else part.workspace_bytes)  # fmt: skip
+                workspace_bytes=budget if part is None else part.workspace_bytes,
+                any_budget=workspace_bytes is None)  # fmt: skip
     bad = valid & ((target < 0) | (target >= m))
     if x.device.type == "cpu":
         if bad.any():
@@ -81,7 +83,8 @@ def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known:
              sigmoid=p.sigmoid)  # fmt: skip
     m = len(p.w) if p.shard is None else p.shard.widest  # alike on all ranks, and so are the blocks of rows
     n = INVARIANT_ROWS[p.x.device.type] if invariant else len(p.target)
-    return plan(n, m, c, grads=grads, weights_known=weights_known, workspace_bytes=p.workspace_bytes)
+    budget = enough(n, m, c, grads, p.workspace_bytes) if p.any_budget else p.workspace_bytes
+    return plan(n, m, c, grads=grads, weights_known=weights_known, workspace_bytes=budget)
 
 
 def _per_row(p: Problem, state: RowState) -> tuple[Tensor, ...]:
@@ -382,16 +385,19 @@ def _grads_backward(ctx, grad_loss, *_):
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """factor * grad, in grad's own memory where this is its last use."""
-    traced = type(grad) is not Tensor
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+    if type(grad) is not Tensor:  # traced
         return (grad * factor).to(grad.dtype) if grad.element_size() >= 4 else (grad.float() * factor).to(grad.dtype)
-    if factor.device.type == "cpu" and factor == 1:
-        return grad
-    if factor.device.type != "cpu" and grad.element_size() < 4:  # there the factor would be rounded to 16 bits
-        for part in grad.split(4096):
-            part.copy_(part.float() * factor)
-        return grad
-    return grad.mul_(factor)
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        grad = grad.clone()
+    if grad.is_cuda and HAS_TRITON:
+        from cosup.kernels.scale import scale  # Triton: absent on some platforms
+
+        scale(grad, factor)
+    elif factor.device.type != "cpu":  # in grad's own dtype the factor would be rounded to 16 bits
+        grad.copy_(grad.to(factor.dtype) * factor)
+    elif factor != 1:
+        grad.mul_(factor)
+    return grad
 
 
 loss_and_grads.register_autograd(_grads_backward, setup_context=_grads_context)
@@ -445,11 +451,13 @@ TRIANGLE_BLOCKS = 8  # of rows, at least: of the square's products 1/2 + 1/16 ar
 def _triangle(x: Tensor, scale: Tensor, ids: Tensor | None, workspace_bytes: int | None, backend: str, grads: bool):
     """The problem, and its blocks: several of rows, or there were nothing to leave out."""
     target = torch.full(x.shape[:1], -1, device=x.device)
-    budget = default_workspace(x.device) if workspace_bytes is None else workspace_bytes
     x = x if 1 in x.stride() else x.contiguous()
+    c = cost(x, backend, gathered=False, symmetric=True)
+    budget = workspace_bytes
+    if budget is None:
+        budget = enough(len(x), len(x), c, grads, default_workspace(x.device))
     p = Problem(x, x, target, scale, row_id=ids, col_id=ids, symmetric=True, triangle=True, columns=len(x),
                 workspace_bytes=budget)  # fmt: skip
-    c = cost(x, backend, gathered=False, symmetric=True)
     blocks = plan(len(x), len(x), c, grads=grads, weights_known=False, workspace_bytes=budget)
     rows = min(blocks.block_rows, max(c.least_rows, -(-len(x) // TRIANGLE_BLOCKS)))
     fits = used(len(x), len(x), rows, blocks.block_cols, c, grads) <= budget

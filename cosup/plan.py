@@ -44,6 +44,7 @@ class Cost(NamedTuple):
     strip: int  # not bytes: elements multiplied at once; 0: a whole tile
     features: int  # not bytes: the length D of the vectors
     least_rows: int  # not bytes: with fewer to a block, adding to the table's gradient costs more than a second product
+    row_step: int  # not bytes: rows of a block come in multiples of it, where a block holds so many and is not the only one
     merged_cols: int  # not bytes: columns to an element of the tile
     tile: int  # per element of the tile
     dots: int  # per element of a strip before it is copied into the tile
@@ -80,7 +81,8 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
     if rows >= min(n, cost.least_rows) and not cost.strips_alone:
         blocks = -(-n // max(rows, 1))
         even = -(-n // max(blocks, 1))
-        rows, cols = even if fits(even, m) else rows, m
+        even = min(n, -(-even // cost.row_step) * cost.row_step)
+        rows, cols = even if fits(even, m) else rows // cost.row_step * cost.row_step or rows, m
         if grads and weights_known and (rows == n or not cost.column):
             strategy = Strategy.GRADS_IN_FORWARD
     else:
@@ -99,6 +101,11 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
             strategy = Strategy.GRADS_IN_FORWARD
     workspace = used(n, m, rows, cols, cost, grads)
     return Plan(strategy, rows, cols, strip_cols(rows, cols, cost), cost.merged_cols, workspace)
+
+
+def enough(n: int, m: int, cost: Cost, grads: bool, workspace_bytes: int) -> int:
+    """The budget, or twice what the smallest blocks need where that is more: for a budget that nobody gave."""
+    return max(workspace_bytes, 2 * used(n, m, min(n, 1), min(m, ALIGN), cost, grads))
 
 
 def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:

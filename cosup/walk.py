@@ -34,12 +34,13 @@ from cosup.positives import Positives, host_reads
 _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
 BACKENDS = ("auto", "reference", "native", "triton", "fused")
 FREE_SHARE = 16  # of the free memory a workspace takes one part, where none is given
-LEAST_WORKSPACE, MOST_WORKSPACE = 16 << 20, {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes, where none is given
+LEAST_WORKSPACE, MOST_WORKSPACE = 16 << 20, {"cpu": 256 << 20, "cuda": 4 << 30}  # bytes, where none is given
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # 4 times the FLOP that a processor does while it moves a byte, about 16 and 250: for each column a block of R rows has
 # 2 R D FLOP in a product, and moves 8 D bytes of the table's gradient.
 LEAST_ROWS = {"cpu": 64, "cuda": 1024}
+ROW_STEP = {"cuda": 256}  # rows of a block: whole tiles of the vendor's products
 STRIP = 1 << 20  # elements multiplied at once on a CPU: about what its cache holds
 FUSED_COLUMNS, FUSED_FIELDS = 128, 5  # of ``product_stats``: columns that share one statistic, and what that takes
 REFERENCE_COPIES = 9  # tiles that the PyTorch kernels hold at once at most, by count of their temporaries
@@ -69,6 +70,7 @@ class Problem(NamedTuple):
     columns: int = 0  # of which there are so many
     shard: Shard | None = None  # of a table over several ranks whose statistics are merged; None: w is visited alone
     workspace_bytes: int = 0  # budget beside all this, outputs and gradients
+    any_budget: bool = False  # whether it may be exceeded where even the smallest blocks need more
 
 
 class RowWeights(NamedTuple):
@@ -291,6 +293,7 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
         strip=STRIP if on_cpu and not fused else 0,
         features=d,
         least_rows=LEAST_ROWS.get(x.device.type, 1024),
+        row_step=ROW_STEP.get(x.device.type, 1),
         merged_cols=FUSED_COLUMNS if fused else 1,
         tile=wide * (FUSED_FIELDS if fused else REFERENCE_COPIES if backend == "reference" else 1),
         dots=product * 3 // 2 if item == 4 and d > gemm.CHAIN else product,  # with the parts that oneDNN packs
@@ -308,11 +311,13 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
 
 @functools.cache
 def default_workspace(device: torch.device) -> int:
-    """Bytes where no budget is given: a sixteenth of the free memory, down to a power of 2, at most 256 MiB on a CPU
-    and 1 GiB on CUDA, at least 16 MiB. Looked up once, so that all calls of a process take the same blocks."""
+    """Bytes where no budget is given: a sixteenth of the free memory, at most 256 MiB on a CPU (and there down to a power
+    of 2) and 4 GiB on CUDA, at least 16 MiB. Looked up once, so that all calls of a process take the same blocks."""
     most = MOST_WORKSPACE.get(device.type, LEAST_WORKSPACE)
     share = _free_bytes(device) // FREE_SHARE
-    return min(most, max(LEAST_WORKSPACE, 1 << (share.bit_length() - 1 if share else 0)))
+    if device.type == "cpu":
+        share = 1 << (share.bit_length() - 1 if share else 0)
+    return min(most, max(LEAST_WORKSPACE, share))
 
 
 def _free_bytes(device: torch.device) -> int:

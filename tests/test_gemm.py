@@ -24,3 +24,12 @@ def test_parts_of_any_layout():
     total = torch.zeros(50, 90)
     gemm.add(total, x, w.mT, first=True)
     torch.testing.assert_close(total, x @ w.mT, rtol=1e-4, atol=1e-4)
+
+
+def test_onednn_is_for_cpus():
+    """Its products run on a processor with AVX-512, whatever else the machine has."""
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not gemm.returns_product(torch.empty(2, 3, dtype=dtype, device="meta"))
+    a, b, out = (torch.empty(2, n, device="meta") for n in (3, 3, 2))
+    gemm.dots(a, b, out)
+    gemm.add(out, a, b.mT, first=False)

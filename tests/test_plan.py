@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosup import walk
-from cosup.plan import Cost, Strategy, plan, used
+from cosup.plan import Cost, Strategy, enough, plan, used
 
-WIDE = Cost(strip=0, features=768, least_rows=64, merged_cols=1, tile=4, dots=0, coef=0, packed=0, product=0, row=60,
+WIDE = Cost(strip=0, features=768, least_rows=64, row_step=1, merged_cols=1, tile=4, dots=0, coef=0, packed=0, product=0, row=60,
             column=0, block_row=0, table_row=0, query_row=0)  # fmt: skip
 costs = st.builds(Cost, strip=st.sampled_from([0, 1 << 20]), features=st.integers(0, 10_000),
-                  least_rows=st.integers(1, 2000),
+                  least_rows=st.integers(1, 2000), row_step=st.sampled_from([1, 256]),
                   merged_cols=st.sampled_from([1, 128]), tile=st.sampled_from([4, 8]),
                   dots=st.sampled_from([0, 2, 4, 20]), coef=st.sampled_from([0, 2]),
                   packed=st.sampled_from([0, 4]),
@@ -61,6 +61,49 @@ def test_strategies():
 def test_blocks_are_even():
     p = plan(2048, 50257, WIDE, grads=True, weights_known=True, workspace_bytes=256 << 20)
     assert p.block_rows == 1024  # 1,335 rows would fit; two blocks of 1,024 do the same in equal parts
+
+
+def test_rows_are_whole_tiles_of_the_products():
+    """Several blocks: multiples of the step, as even as those allow; one block, or less than a step: as they come."""
+    stepped = WIDE._replace(row_step=256)
+    rows = [plan(n, 50257, stepped, grads=True, weights_known=True, workspace_bytes=b << 20).block_rows
+            for n, b in [(2000, 256), (2048, 150), (2000, 1024), (2000, 40)]]  # fmt: skip
+    assert rows == [1024, 768, 2000, 207]
+
+
+@given(st.integers(1, 10**5), st.integers(1, 10**5), costs, st.booleans(), st.integers(0, 1 << 30))
+def test_a_budget_that_nobody_gave_is_never_refused(n, m, cost, known, budget):
+    room = enough(n, m, cost, True, budget)
+    assert room >= budget
+    assert plan(n, m, cost, grads=True, weights_known=known, workspace_bytes=room).workspace_bytes <= room
+
+
+# what `walk.cost` gives for bfloat16 operands on CUDA
+SHAPES_3U = [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 2048, 151936), (4096, 4096, 128256), (1024, 4096, 128256)]
+
+
+@pytest.mark.parametrize("n, d, m", SHAPES_3U)
+def test_published_shapes_take_three_products_by_default(n, d, m):
+    cost = walk.cost(torch.empty(n, d, dtype=torch.bfloat16, device="meta"), "triton", gathered=True)
+    p = plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=walk.MOST_WORKSPACE["cuda"])
+    assert p.strategy is Strategy.GRADS_IN_FORWARD
+
+
+@pytest.mark.parametrize("n, d, m", [(65536, 4096, 128256), (131072, 2048, 151936)])
+@pytest.mark.parametrize("free", [8 << 30, 80 << 30])
+def test_long_batches_are_not_refused_by_default(n, d, m, free, monkeypatch):
+    """The float32 sum of x's gradient alone is over a gigabyte in some plans."""
+    monkeypatch.setattr(walk, "_free_bytes", lambda device: free)
+    budget = walk.default_workspace.__wrapped__(torch.device("cuda"))
+    cost = walk.cost(torch.empty(n, d, dtype=torch.bfloat16, device="meta"), "triton", gathered=True)
+    room = enough(n, m, cost, True, budget)
+    assert plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=room).workspace_bytes <= room
+
+
+@pytest.mark.parametrize("free, mib", [(8, 512), (20, 1280), (40, 2560), (78.9, 4096), (140, 4096)])
+def test_default_workspace_of_a_gpu(free, mib, monkeypatch):
+    monkeypatch.setattr(walk, "_free_bytes", lambda device: int(free * 2**30))
+    assert walk.default_workspace.__wrapped__(torch.device("cuda")) >> 20 == mib
 
 
 @pytest.mark.parametrize("free, budget", [(0, 16), (1 << 30, 64), (3 << 30, 128), (1 << 40, 256)])

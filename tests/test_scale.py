@@ -1,0 +1,26 @@
+"""The upstream gradient's factor, on the device: exact, and nothing at all where it is 1."""
+
+import pytest
+import torch
+
+from cosup.kernels.scale import BLOCK, UNROLL, scale
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000, BLOCK * UNROLL, 2 * BLOCK * UNROLL + 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_each_element_is_multiplied_once(size, dtype, device):
+    wide = torch.promote_types(dtype, torch.float32)
+    grad, factor = torch.randn(size, dtype=dtype, device=device), torch.tensor(1 / 3, dtype=wide, device=device)
+    room = torch.full((size + 8,), 7.0, dtype=dtype, device=device)
+    room[:size] = grad
+    scale(room[:size], factor)
+    assert torch.equal(room[:size], (grad.to(wide) * factor).to(dtype))  # the factor is not rounded to 16 bits
+    assert (room[size:] == 7).all()
+
+
+def test_a_factor_of_one_changes_no_bit(device):
+    grad = torch.randn(5000, device=device).half()
+    grad[:3] = torch.tensor([float("nan"), float("inf"), -0.0])
+    before = grad.view(torch.int16).clone()
+    scale(grad, torch.ones((), device=device))
+    assert torch.equal(grad.view(torch.int16), before)

@@ -192,7 +192,8 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         symmetric=symmetric, weight=weight, label_smoothing=label_smoothing,
         kept=_kept(pool, row_id) if label_smoothing else None, rank=return_stats,
         row_group=pool.group if symmetric and not pool.ring else None, ring=pool.group if pool.ring else None,
-        reduction="none" if later else once, workspace_bytes=workspace_bytes, backend=backend,
+        reduction="none" if later else once, host_scale=None if isinstance(temperature, Tensor) else 1 / temperature,
+        workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     if pairs is not None:
         stats = RowStats(*(f * some for f in stats))

@@ -124,7 +124,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         head.x, head.w, head.target, head.scale, bias=head.bias, lora=head.lora, softcap=head.softcap,
         ignore_index=ignore_index, reduction=reduction, weight=token_weight, class_weight=weight,
         label_smoothing=label_smoothing, z_loss=z_loss, rank=return_stats, process_group=process_group,
-        batch_invariant=batch_invariant, workspace_bytes=workspace_bytes, backend=backend,
+        host_scale=logit_scale, batch_invariant=batch_invariant, workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     loss = loss.reshape(rows) if reduction == "none" else loss
     return (loss, RowStats(*(f.detach().reshape(rows) for f in stats))) if return_stats else loss

@@ -23,6 +23,7 @@ from cosup.plan import Strategy, enough, plan, strip_cols, used
 from cosup.positives import Positives
 from cosup.walk import (
     HAS_TRITON,
+    NARROW,
     Columns,
     Need,
     Problem,
@@ -323,6 +324,9 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
                  margin, pool, v is not None, workspace_bytes, group, invariant)  # fmt: skip
     # columns' statistics must be merged between two sweeps where ranks hold the rows
     blocks = _plan(p, backend, invariant, grads=True, weights_known=row_group is None)
+    if backend == NARROW and blocks.strategy is Strategy.RECOMPUTE:  # two sweeps would round products apart
+        backend = "triton"
+        blocks = _plan(p, backend, invariant, grads=True, weights_known=row_group is None)
     weights, known, columns = RowWeights(b, c, e, q), None, _columns(p, row_group, v)
     p = _ready(p, blocks, gap, rank)
     if blocks.strategy is Strategy.RECOMPUTE:

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from cosup import ops
 from cosup.checks import check_call
-from cosup.walk import RowWeights, resolve
+from cosup.walk import NARROW, RowWeights, resolve
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+NARROW_SCALE = 32.0  # up to which logits of 16-bit products are as exact as plain PyTorch's
 
 
 class RowStats(NamedTuple):
@@ -48,8 +51,12 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
                  class_weight: Tensor | None = None, label_smoothing: float = 0.0, kept: Tensor | None = None,
                  z_loss: float = 0.0, rank: bool, process_group: ProcessGroup | None = None,
                  row_group: str | None = None, ring: str | None = None, batch_invariant: bool = False,
+                 host_scale: float | None = None,
                  workspace_bytes: int | None, backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
-    """All losses: weigh the rows, run the operator that knows their weights or the one that waits for them, reduce."""
+    """All losses: weigh the rows, run the operator that knows their weights or the one that waits for them, reduce.
+
+    ``host_scale``: what ``scale`` holds, where that is no device's secret.
+    """
     check_call(workspace_bytes)
     backend, group = resolve(backend, x), None if process_group is None else process_group.group_name
     grad = torch.is_grad_enabled()
@@ -60,6 +67,9 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
         backend = "triton"  # a second sweep's products must round as those did that the statistics are of
     # float16 waits for the upstream gradient: p / N is below its range without a loss scale, sums over N are above it
     known = reduction != "none" and x.dtype != torch.float16 and ring is None
+    plain = lora is None and pairs is None and gap is None and group is None and row_group is None
+    if x.is_cuda and x.dtype == torch.bfloat16 and backend == "triton" and known and any(need[:-1]) and plain:
+        backend = NARROW if host_scale is not None and host_scale <= NARROW_SCALE else backend
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     weight = torch.ones_like(valid, dtype=scale.dtype) if weight is None else weight.to(scale.dtype)
     weight = weight.masked_fill(~valid, 0.0)

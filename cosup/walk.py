@@ -33,6 +33,7 @@ from cosup.positives import Positives, host_reads
 
 _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
 BACKENDS = ("auto", "reference", "native", "triton", "fused")
+NARROW = "triton-16bit"  # Triton's kernels on tiles of the operands' own dtype, for gradients made in the same sweep
 FREE_SHARE = 16  # of the free memory a workspace takes one part, where none is given
 LEAST_WORKSPACE, MOST_WORKSPACE = 16 << 20, {"cpu": 256 << 20, "cuda": 4 << 30}  # bytes, where none is given
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
@@ -70,6 +71,7 @@ class Problem(NamedTuple):
     columns: int = 0  # of which there are so many
     shard: Shard | None = None  # of a table over several ranks whose statistics are merged; None: w is visited alone
     workspace_bytes: int = 0  # budget beside all this, outputs and gradients
+    own: Tensor | None = None  # [N], the target's inner product where tiles are rounded to 16 bits
     any_budget: bool = False  # whether it may be exceeded where even the smallest blocks need more
 
 
@@ -148,7 +150,11 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
     cols = padded(-(-cols // plan.merged_cols))
     if p.positives is not None and not host_reads(p.x):
         cols = padded(cols + 1)  # a spare one for pairs that are elsewhere
-    tile_buffer = torch.empty(rows, cols * (FUSED_FIELDS if fused else 1), dtype=p.scale.dtype, device=p.x.device)
+    tile_dtype = p.x.dtype if backend == NARROW else p.scale.dtype
+    tile_buffer = torch.empty(rows, cols * (FUSED_FIELDS if fused else 1), dtype=tile_dtype, device=p.x.device)
+    if backend == NARROW:
+        assert p.rows is None and p.x2 is None
+        p = p._replace(own=kernels.target_dots(p.x, p.w, p.target, p.col0))
     if weights is not None:
         assert at_once or (plan.block_cols >= m and (columns is None or plan.block_rows >= n))
         weights = weights.map(lambda v: v * p.scale)  # the chain from u = scale * dot to dot
@@ -295,12 +301,12 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
         least_rows=LEAST_ROWS.get(x.device.type, 1024),
         row_step=ROW_STEP.get(x.device.type, 1),
         merged_cols=FUSED_COLUMNS if fused else 1,
-        tile=wide * (FUSED_FIELDS if fused else REFERENCE_COPIES if backend == "reference" else 1),
+        tile=item if backend == NARROW else wide * (FUSED_FIELDS if fused else REFERENCE_COPIES if backend == "reference" else 1),
         dots=product * 3 // 2 if item == 4 and d > gemm.CHAIN else product,  # with the parts that oneDNN packs
         coef=product * {torch.bfloat16: 2, torch.float16: 1}.get(x.dtype, 0),  # apart; oneDNN packs bfloat16 ones
         packed=product if item == 4 else 0,  # by oneDNN
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
-        row=5 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets and row numbers
+        row=5 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets, or their logits, and row numbers
         column=6 * wide if symmetric else wide * sigmoid,  # ColumnState; weights and their coefficients
         block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
         table_row=sums,
@@ -311,8 +317,8 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
 
 @functools.cache
 def default_workspace(device: torch.device) -> int:
-    """Bytes where no budget is given: a sixteenth of the free memory, at most 256 MiB on a CPU (and there down to a power
-    of 2) and 4 GiB on CUDA, at least 16 MiB. Looked up once, so that all calls of a process take the same blocks."""
+    """Bytes where no budget is given: a sixteenth of the free memory, on a CPU down to a power of 2, at most 256 MiB there
+    and 4 GiB on CUDA, at least 16 MiB. Looked up once, so that all calls of a process take the same blocks."""
     most = MOST_WORKSPACE.get(device.type, LEAST_WORKSPACE)
     share = _free_bytes(device) // FREE_SHARE
     if device.type == "cpu":
@@ -361,6 +367,7 @@ class Kernels(NamedTuple):
     column_stats: Callable[..., None]
     tile_grad: Callable[..., None]
     product_stats: Callable[..., None] = lambda *_: None
+    target_dots: Callable[..., Tensor] = reference.target_dots
 
 
 def tile_kernels(backend: str, x: Tensor, sigmoid: bool = False) -> Kernels:
@@ -376,13 +383,14 @@ def tile_kernels(backend: str, x: Tensor, sigmoid: bool = False) -> Kernels:
             return Kernels(reference.sigmoid_stats, reference.column_stats, reference.sigmoid_grad)
         return Kernels(reference.tile_stats, reference.column_stats, reference.tile_grad)
     from cosup.kernels.product_stats import product_stats  # Triton: absent on some platforms
+    from cosup.kernels.target_dots import target_dots
     from cosup.kernels.tile_grad import tile_grad
     from cosup.kernels.tile_sigmoid import sigmoid_grad, sigmoid_stats
     from cosup.kernels.tile_stats import column_stats, tile_stats
 
     if sigmoid:
         return Kernels(sigmoid_stats, column_stats, sigmoid_grad)
-    return Kernels(tile_stats, column_stats, tile_grad, product_stats)
+    return Kernels(tile_stats, column_stats, tile_grad, product_stats, target_dots)
 
 
 @functools.cache
@@ -403,7 +411,7 @@ def _features(p: Problem, r: slice, c: slice):
     """What the tile kernels must know of rows r and columns c."""
     ids = _slice(p.row_id, r), _slice(p.col_id, c)
     table = _slice(p.bias, c), *ids, p.softcap, _slice(p.soft, c)
-    return p.col0 + c.start, p.target[r], p.scale, *table, p.margin, _slice(p.limit, r)
+    return p.col0 + c.start, p.target[r], p.scale, *table, p.margin, _slice(p.limit, r), _slice(p.own, r)
 
 
 def _take(p: Problem, x: Tensor, r: slice) -> Tensor:

@@ -32,8 +32,9 @@ AVAILABLE = tuple(s for i, s in enumerate(INSTRUCTION_SETS) if LIBRARY and LIBRA
 
 
 def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
-               softcap=0.0, soft_S=None, margin=0.0, limit_R=None,
+               softcap=0.0, soft_S=None, margin=0.0, limit_R=None, own_R=None,
                instruction_set: str | None = None):  # fmt: skip
+    assert own_R is None
     R, S = dot_RS.shape
     _function("tile_stats", instruction_set)(
         _at(dot_RS), R, S, dot_RS.stride(0), *(_at(field) for field in state), col0, _at(target_R), _at(scale),
@@ -42,8 +43,9 @@ def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=No
 
 
 def column_stats(dot_RS: Tensor, state: ColumnState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
-                 softcap=0.0, soft_S=None, margin=0.0, limit_R=None,
+                 softcap=0.0, soft_S=None, margin=0.0, limit_R=None, own_R=None,
                  instruction_set: str | None = None):  # fmt: skip
+    assert own_R is None
     R, S = dot_RS.shape
     _function("column_stats", instruction_set)(
         _at(dot_RS), R, S, dot_RS.stride(0), *(_at(field) for field in state), col0, _at(target_R), _at(scale),
@@ -52,10 +54,10 @@ def column_stats(dot_RS: Tensor, state: ColumnState, col0, target_R, scale, bias
 
 
 def tile_grad(dot_RS: Tensor, out_RS: Tensor, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None,
-              col_id_S=None, softcap=0.0, soft_S=None, margin=0.0, limit_R=None, e_R=None, h_R=None, col_shift_S=None,
-              col_a_S=None, instruction_set: str | None = None):  # fmt: skip
+              col_id_S=None, softcap=0.0, soft_S=None, margin=0.0, limit_R=None, own_R=None, e_R=None, h_R=None,
+              col_shift_S=None, col_a_S=None, instruction_set: str | None = None):  # fmt: skip
     R, S = dot_RS.shape
-    assert out_RS.stride() == dot_RS.stride()
+    assert own_R is None and out_RS.stride() == dot_RS.stride()
     _function("tile_grad", instruction_set)(
         _at(dot_RS), _at(out_RS), R, S, dot_RS.stride(0), _at(shift_R), _at(a_R), _at(b_R), col0, _at(target_R),
         _at(scale), _at(bias_S), _at(row_id_R), _at(col_id_S), softcap, _at(soft_S), margin, _at(limit_R), _at(e_R),

@@ -170,14 +170,14 @@ def _merge_kernel(part_ptr, stride_field, stride_tile, max_ptr, sum_ptr, dot_ptr
 
 def product_stats(x_RD: Tensor, w_SD: Tensor, state: RowState, parts: Tensor, rank: bool, col0, target_R, scale,
                   bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0, soft_S=None, margin=0.0,
-                  limit_R=None):  # fmt: skip
+                  limit_R=None, own_R=None):  # fmt: skip
     """Merge the columns w into the running statistic of the rows x, as ``tile_stats`` would their products.
 
     Args:
         parts: Dense float32 room: FIELDS numbers to each row and COLUMNS columns, those in an even count.
         rank: Whether ``state.above`` is asked; it counts against ``state.target`` as that is before.
     """
-    assert not margin and limit_R is None
+    assert not margin and limit_R is None and own_R is None
     (R, D), S = x_RD.shape, len(w_SD)
     if R == 0 or S == 0:
         return

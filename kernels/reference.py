@@ -7,6 +7,9 @@ A tile holds raw inner products ``dot[r, s] = <x[r], w[col0 + s]>``. Its logits 
     z[r, s] = z[r, s] - margin * scale         where col0 + s == target[r]; margin 0 with a softcap
     z[r, s] = -inf                             elsewhere, if row_id[r] == col_id[s] or scale * dot[r, s] > limit[r]
 
+Where the tile is rounded to 16 bits, own[r] is the target's inner product before that: it stands in the tile's place for
+all that is asked but ``above``, which compares logits that are rounded alike.
+
 Shape suffixes: R rows of the tile, S columns of the tile. Row statistics are float32 (float64 for float64 tiles).
 Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867.
 """
@@ -71,13 +74,14 @@ class ColumnState(NamedTuple):
         return ColumnState(*(field[c] for field in self))
 
 
-def logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R):
+def logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R, own_R=None):
     """The logits of a tile and the mask of each row's target, as the file's opening says."""
-    scaled_RS = dot_RS.to(torch.promote_types(dot_RS.dtype, torch.float32)) * scale
-    u_RS = scaled_RS if bias_S is None else scaled_RS + bias_S
-    z_RS = softcap * torch.tanh(u_RS / softcap) if softcap else u_RS
     column_S = torch.arange(col0, col0 + dot_RS.shape[1], device=dot_RS.device)
     hit_RS = column_S == target_R[:, None]
+    wide_RS = dot_RS.to(torch.promote_types(dot_RS.dtype, torch.float32))
+    scaled_RS = (wide_RS if own_R is None else torch.where(hit_RS, own_R[:, None], wide_RS)) * scale
+    u_RS = scaled_RS if bias_S is None else scaled_RS + bias_S
+    z_RS = softcap * torch.tanh(u_RS / softcap) if softcap else u_RS
     if limit_R is not None:
         z_RS = z_RS.masked_fill((scaled_RS > limit_R[:, None]) & ~hit_RS, float("-inf"))
     if row_id_R is not None:
@@ -87,13 +91,17 @@ def logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, m
 
 def tile_stats(
     dot_RS, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0, soft_S=None,
-    margin=0.0, limit_R=None
+    margin=0.0, limit_R=None, own_R=None
 ):  # fmt: skip
     """Merge a tile into the running statistic of its rows, in place. The tile is left as it is."""
-    z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R)
-    own_R = torch.where(hit_RS, z_RS + margin * scale, 0.0).sum(1)
-    state.target.copy_(torch.where(hit_RS.any(1), own_R, state.target))
-    state.above.add_(((z_RS > state.target[:, None]) & ~hit_RS).sum(1))
+    features = (col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R)
+    z_RS, hit_RS = logits(dot_RS, *features, own_R)
+    rounded_RS = z_RS if own_R is None else logits(dot_RS, *features)[0]
+    here_R = hit_RS.any(1)
+    of_target, rounded_R = (torch.where(hit_RS, z + margin * scale, 0.0).sum(1) for z in (z_RS, rounded_RS))
+    threshold_R = torch.where(here_R, rounded_R, state.target)
+    state.above.add_(((z_RS > threshold_R[:, None]) & ~hit_RS).sum(1))
+    state.target.copy_(torch.where(here_R, of_target, state.target))
     _merge_exponentials(state, z_RS)
     if soft_S is not None:
         soft_RS = soft_S * z_RS
@@ -103,10 +111,10 @@ def tile_stats(
 
 def column_stats(
     dot_RS, state: ColumnState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0,
-    soft_S=None, margin=0.0, limit_R=None
+    soft_S=None, margin=0.0, limit_R=None, own_R=None
 ):  # fmt: skip
     """Merge a tile into the running statistic of its columns, in place; ``soft_S`` has no part in it."""
-    z_RS, _ = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R)
+    z_RS, _ = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R, own_R)
     _merge_exponentials(state, z_RS.mT)
 
 
@@ -123,7 +131,7 @@ def _merge_exponentials(state: RowState | ColumnState, z_RS: Tensor) -> None:
 
 def tile_grad(
     dot_RS, out_RS, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None, softcap=0.0,
-    soft_S=None, margin=0.0, limit_R=None, e_R=None, h_R=None, col_shift_S=None, col_a_S=None
+    soft_S=None, margin=0.0, limit_R=None, own_R=None, e_R=None, h_R=None, col_shift_S=None, col_a_S=None
 ):  # fmt: skip
     """The gradient of u: coefficients of a row times what stands in a column, times dz/du.
 
@@ -135,7 +143,7 @@ def tile_grad(
     None: 0. Without ``col_a``, rows with a == b == e == 0 are zero whatever their logits are. ``out_RS`` may share
     memory with ``dot_RS``; the target term is subtracted before rounding to its dtype.
     """
-    z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R)
+    z_RS, hit_RS = logits(dot_RS, col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R, own_R)
     excess_RS = z_RS - shift_R[:, None]
     exp_RS = torch.exp(excess_RS)
     a_RS = a_R[:, None] if h_R is None else a_R[:, None] + h_R[:, None] * excess_RS
@@ -152,6 +160,14 @@ def tile_grad(
         idle_R = (a_R == 0) & (b_R == 0) if soft_S is None else (a_R == 0) & (b_R == 0) & (e_R == 0)
         c_RS = torch.where(idle_R[:, None], 0.0, c_RS)
     out_RS.copy_(c_RS)
+
+
+def target_dots(x_RD: Tensor, w_MD: Tensor, target_R: Tensor, col0: int) -> Tensor:
+    """<x[r], w[target[r] - col0]>, summed in float32; [R]. 0 where the target is no row of w."""
+    own_R = target_R - col0
+    here_R = (own_R >= 0) & (own_R < len(w_MD))
+    dot_R = (x_RD.float() * w_MD[torch.where(here_R, own_R, 0)].float()).sum(1)
+    return torch.where(here_R, dot_R, 0.0)
 
 
 def sigmoid_stats(

@@ -27,12 +27,12 @@ def sigmoid_softplus(y):
 
 
 @triton.jit
-def signed_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, column, target,
-                  HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr):  # fmt: skip
-    """y and its sign: z and 1, but -z and -1 at the target."""
-    z, _ = tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, target, scale, 0.0, row, s, S, column, target, 0.0,
-                       HAS_BIAS, HAS_ID, False, False)  # fmt: skip
-    hit = (column == target) & (s < S)  # the target may be the first column of the next tile
+def signed_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, own, HAS_BIAS: tl.constexpr,
+                  HAS_ID: tl.constexpr):  # fmt: skip
+    """y and its sign: z and 1, but -z and -1 at the target, column ``own`` of the tile."""
+    hit = (s == own) & (s < S)  # the target may be the first column of the next tile
+    z, _ = tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, dot_ptr, scale, row, s, S, hit, 0.0, HAS_BIAS, HAS_ID,
+                       False, False, False)  # fmt: skip
     return tl.where(hit, -z, z), tl.where(hit, -1.0, 1.0)
 
 
@@ -49,7 +49,7 @@ def _sigmoid_stats_kernel(dot_ptr, stride_R, sum_ptr, edot_ptr, soft_ptr, target
     run_soft = tl.load(soft_ptr + row)
     for s0 in range(0, S, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
-        y, sign = signed_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, col0 + s, target,
+        y, sign = signed_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, target - col0,
                                 HAS_BIAS, HAS_ID)  # fmt: skip
         g, loss = sigmoid_softplus(y)
         g *= sign
@@ -88,7 +88,7 @@ def _sigmoid_grad_kernel(dot_ptr, stride_R, out_ptr, out_stride_R, a_ptr, target
     a = tl.load(a_ptr + row)
     for s0 in range(0, S, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
-        y, sign = signed_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, col0 + s, target,
+        y, sign = signed_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, scale, row, s, S, target - col0,
                                 HAS_BIAS, HAS_ID)  # fmt: skip
         g, _ = sigmoid_softplus(y)
         c = tl.where(a == 0, 0.0, a * sign * g)

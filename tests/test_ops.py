@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 from cosup import info_nce, linear_cross_entropy, linear_log_prob, ops, sigmoid_loss
 from cosup.bench.measure import peak_bytes
 from cosup.kernels import native
-from cosup.plan import plan
-from cosup.walk import cost
+from cosup.plan import Strategy, plan
+from cosup.walk import NARROW, cost
 
 BACKENDS = ["reference", *(["native"] if native.AVAILABLE else [])]
 
@@ -234,3 +234,58 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
                                        None, None)  # fmt: skip
         assert ops.lse_of_others_backward(row, row, row, x, scale, ids[:300], budget, "reference").shape == x.shape
     assert [g.shape for g in grads[:3]] == [x.shape, w.shape, b.shape]
+
+
+def watch(monkeypatch, block_rows):
+    """The plans that are made from here on, with so many rows to a block."""
+    plans, real = [], ops.plan
+    monkeypatch.setattr(ops, "plan", lambda *a, **k: plans.append(real(*a, **k)._replace(block_rows=block_rows)) or plans[-1])
+    return plans
+
+
+@pytest.mark.parametrize("kind, rows", [("flat", "blocks"), ("right", "one block"), ("right", "blocks"),
+                                        ("wrong", "one block"), ("symmetric", "one block"), ("smoothed", "blocks")])
+def test_rounded_tiles_are_as_exact_as_plain(kind, rows, device, monkeypatch):
+    """16-bit tiles, against float64: never twice plain's error, whose logits are rounded too. Where rows are right, and so
+    the target's logit decides, far less in the loss and less in the gradients."""
+    n, m, d = 64, 200, 64
+    x, w = torch.randn(n, d, device=device), torch.randn(m, d, device=device)
+    target = torch.randperm(m, device=device)[:n]
+    if kind in ("right", "wrong"):
+        near = target if kind == "right" else torch.randint(m, (n,), device=device)
+        x = x / 8 + torch.linspace(0, 0.3, n, device=device)[:, None] * w[near]
+    x, w = x.half(), w.half()
+    weight, one = torch.ones(n, device=device), torch.ones((), device=device)
+    if kind != "symmetric":
+        target[5], weight[5] = -100, 0
+    soft = torch.rand(m, device=device) if kind == "smoothed" else None
+    share = 0.1 * weight / m if kind == "smoothed" else None
+    of_columns = weight / 2 if kind == "symmetric" else None
+
+    def plain(x, w):
+        z = (x @ w.mT).to(torch.promote_types(x.dtype, torch.float32))
+        loss = torch.nn.functional.cross_entropy(z, target, reduction="sum")
+        if kind == "smoothed":
+            loss = loss - (share[:, None] * soft * z).sum()
+        if kind == "symmetric":
+            loss = loss + ((z.logsumexp(0)[target] - z.gather(1, target[:, None])[:, 0]) * of_columns).sum()
+        return loss
+
+    # invariant: ignored rows stay in their place on a CPU too
+    options = (0.0, -100, 0.0, None, "", False, [True, True] + 4 * [False], 1 << 20, NARROW, None, True, None)
+    planned = watch(monkeypatch, block_rows=n if rows == "one block" else 24)
+    p = [t.clone().requires_grad_() for t in (x, w)]
+    found = ops.loss_and_grads(*p, target, weight, None, share, None, of_columns, one, None, None, None, soft, *4 * [None],
+                               *options)  # fmt: skip
+    ours = [found[0].detach(), *torch.autograd.grad(found[0], p)]
+    p = [t.double().requires_grad_() for t in (x, w)]
+    loss = plain(*p)
+    true = [loss.detach(), *torch.autograd.grad(loss, p)]
+    p = [t.clone().requires_grad_() for t in (x, w)]
+    loss = plain(*p)
+    theirs = [loss.detach(), *torch.autograd.grad(loss, p)]
+    assert planned[-1].strategy is Strategy.GRADS_IN_FORWARD
+    mine, plains = ([(a.double() - t).norm() for a, t in zip(of, true, strict=True)] for of in (ours, theirs))
+    assert all(a <= 2 * b + 1e-6 * t.norm() for a, b, t in zip(mine, plains, true, strict=True))
+    if kind == "right":
+        assert mine[0] < plains[0] / 2 and mine[1] < 0.9 * plains[1] and mine[2] < 0.9 * plains[2]

@@ -8,6 +8,7 @@ import torch
 
 from cosup.kernels import native, product_stats, reference, tile_sigmoid
 from cosup.kernels.reference import ColumnState, RowState
+from cosup.kernels.target_dots import target_dots
 from cosup.kernels.tile_grad import tile_grad
 from cosup.kernels.tile_stats import column_stats, tile_stats
 
@@ -42,7 +43,7 @@ def tile(R, S, features, device, col0=40):
         torch.randint(4, (R,), device=device) if on["ids"] else None,
         torch.randint(4, (S,), device=device) if on["ids"] else None, 3.0 if on["softcap"] else 0.0,
         torch.rand(S, device=device) if on["soft"] else None, 1.5 if features == "margin" else 0.0,
-        2 * torch.randn(R, device=device) if on["limit"] else None,
+        2 * torch.randn(R, device=device) if on["limit"] else None, None,
     )  # fmt: skip
     return dot, arguments
 
@@ -179,6 +180,47 @@ def test_triton_narrows_in_place(dtype, device):
     torch.testing.assert_close(narrow.float(), want, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("features", FEATURES)
+def test_rounded_tiles_match_the_specification(shape, features, device):
+    """16-bit tiles with the targets' products apart: rows, columns, and coefficients in place."""
+    dot, (*arguments, _) = tile(*shape, features, device)
+    dot = dot.half()
+    arguments.append(5 * torch.randn(shape[0], device=device))  # own: far from the tile's
+    states = []
+    for stats, columns in ((reference.tile_stats, reference.column_stats), (tile_stats, column_stats)):
+        rows, cols = (kind.empty(n, torch.empty(0, device=device)) for kind, n in zip((RowState, ColumnState), shape))
+        stats(dot, rows, *arguments)
+        columns(dot, cols, *arguments)
+        states.append((*rows, *cols))
+    for want, got in zip(*states, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+    a, b, e, h, col_a = *torch.rand(4, shape[0], device=device), torch.rand(shape[1], device=device)
+    more = (e if features in ("soft", "all") else None, h if features == "plain" else None, got.clamp(min=-9), col_a)
+    want = torch.empty_like(dot)
+    for some in (more[:2], more):
+        reference.tile_grad(dot, want, states[0][0], a, b, *arguments, *some)
+        made = dot.clone()
+        tile_grad(made, made, states[0][0], a, b, *arguments, *some)
+        torch.testing.assert_close(made, want, rtol=2 * torch.finfo(dot.dtype).eps, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["dense", "columns first"])
+@pytest.mark.parametrize("D", [1, 40, 1500])
+def test_target_dots(D, layout, device):
+    """In float32 to a sum's roundings, from any layout; 0 where the target is no row of w."""
+    x, w = torch.randn(9, D, device=device).half(), torch.randn(30, D, device=device).half()
+    if layout == "columns first":
+        x, w = (t.mT.contiguous().mT for t in (x, w))
+    target = torch.tensor([-1, 5, 6, 34, 35, 36, 20, 9, 100], device=device)
+    got, want = target_dots(x, w, target, 6), torch.zeros(9, dtype=torch.float64, device=device)
+    here = (target >= 6) & (target < 36)
+    want[here] = (x[here].double() * w[target[here] - 6].double()).sum(1)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6 * D**0.5)
+    assert torch.equal(got[~here], torch.zeros_like(got[~here]))
+    torch.testing.assert_close(reference.target_dots(x, w, target, 6).double(), want, rtol=0, atol=1e-6 * D**0.5)
+
+
 @pytest.mark.parametrize("blocks", [(16, 32, 16, 2, 4, 2), None], ids=["small tiles", "own tiles"])
 @pytest.mark.parametrize("layout", ["dense", "odd stride", "columns first"])
 @pytest.mark.parametrize("features", [f for f in FEATURES if f not in ("margin", "limit")])
@@ -241,7 +283,7 @@ SIGMOID_FEATURES = ["plain", "bias", "ids", "all"]
 
 
 def sigmoid_tile(shape, features, device, col0=40):
-    dot, (*arguments, _, _, _, _) = tile(*shape, features, device, col0)
+    dot, (*arguments, _, _, _, _, _) = tile(*shape, features, device, col0)
     arguments[1][1:2] = col0 + shape[1]  # the column after the tile's last
     return dot, arguments
 

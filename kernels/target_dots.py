@@ -1,0 +1,39 @@
+"""Triton: each row's inner product with its target's column alone, in float32, for tiles that are rounded to 16 bits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_D = 1024  # features that a program multiplies at once
+
+
+@triton.jit
+def _target_dots_kernel(x_ptr, stride_x, step_x, w_ptr, stride_w, step_w, target_ptr, out_ptr, col0, M, D,
+                        BLOCK_D: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    own = tl.load(target_ptr + row) - col0
+    here = (own >= 0) & (own < M)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        inside = (d < D) & here
+        x = tl.load(x_ptr + row * stride_x + d * step_x, inside, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + own * stride_w + d * step_w, inside, other=0.0).to(tl.float32)
+        total += x * w
+    tl.store(out_ptr + row, tl.sum(total, 0))
+
+
+def target_dots(x_RD: Tensor, w_MD: Tensor, target_R: Tensor, col0: int) -> Tensor:
+    """<x[r], w[target[r] - col0]>, summed in float32; [R]. 0 where the target is no row of w."""
+    (R, D), M = x_RD.shape, len(w_MD)
+    out = torch.empty(R, dtype=torch.float32, device=x_RD.device)
+    if R:
+        with torch.cuda.device_of(x_RD):  # the launch goes to the current device
+            _target_dots_kernel[(R,)](
+                x_RD, *x_RD.stride(), w_MD, *w_MD.stride(), target_R, out, col0, M, D,
+                BLOCK_D=min(BLOCK_D, triton.next_power_of_2(max(D, 1))), num_warps=4,
+            )  # fmt: skip
+    return out

@@ -6,7 +6,19 @@ import torch
 from torch import Tensor
 
 from cosup import gemm
-from cosup.plan import Plan, padded
+from cosup.plan import Plan, Strategy, padded, plan
+from cosup.walk import NARROW, cost, narrowed, resolve
+
+
+def planned(x_ND: Tensor, rows: int, m: int, workspace_bytes: int, *, scale: float, **about: bool) -> tuple[Plan, str]:
+    """The plan and the kernels that a mean over so many rows of x takes; ``about``: as of ``cost``."""
+    backend = narrowed(resolve("auto", x_ND), x_ND, scale)
+    options = {"grads": True, "weights_known": x_ND.dtype != torch.float16, "workspace_bytes": workspace_bytes}
+    found = plan(rows, m, cost(x_ND, backend, **about), **options)
+    if backend == NARROW and found.strategy is Strategy.RECOMPUTE:
+        backend = "triton"
+        found = plan(rows, m, cost(x_ND, backend, **about), **options)
+    return found, backend
 
 
 def torch_mm(x_ND: Tensor, w_MD: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
@@ -23,18 +35,22 @@ def torch_mm(x_ND: Tensor, w_MD: Tensor, block_rows: int) -> tuple[Tensor, Tenso
         return dx_ND, dw_MD
 
 
-def engine_gemms(x_ND: Tensor, w_MD: Tensor, plan: Plan, sweeps: int = 1) -> tuple[Tensor, Tensor]:
+def engine_gemms(x_ND: Tensor, w_MD: Tensor, plan: Plan, backend: str, sweeps: int = 1) -> tuple[Tensor, Tensor]:
     """The same by the engine's products, strip by strip as it takes them; with two sweeps, first all tiles alone."""
     m = len(w_MD)
+    wide = x_ND.is_cuda and x_ND.element_size() < 4 and backend != NARROW
     with torch.no_grad():
-        tile_RM = torch.empty(plan.block_rows, padded(m), dtype=x_ND.dtype, device=x_ND.device)
+        room_RM = torch.empty(plan.block_rows, padded(m), dtype=torch.float32 if wide else x_ND.dtype, device=x_ND.device)
+        tile_RM = room_RM.view(x_ND.dtype)[:, : padded(m)]
         dx_ND, dw_MD = torch.empty_like(x_ND), torch.empty_like(w_MD)
+        if x_ND.is_cuda and plan.block_rows < len(x_ND):  # sums of several parts
+            dw_MD = torch.empty_like(w_MD, dtype=torch.float32)
         strips = [slice(c, min(c + plan.strip_cols, m)) for c in range(0, m, plan.strip_cols)]
         starts = range(0, len(x_ND), plan.block_rows)
         for n, last in [(n, sweep == sweeps - 1) for sweep in range(sweeps) for n in starts]:
             x_RD = x_ND[n : n + plan.block_rows]
             for s in strips:
-                gemm.dots(x_RD, w_MD[s], tile_RM[: len(x_RD), s])
+                gemm.dots(x_RD, w_MD[s], room_RM[: len(x_RD), s])
             for s in strips if last else []:
                 gemm.add(dx_ND[n : n + len(x_RD)], tile_RM[: len(x_RD), s], w_MD[s], first=s.start == 0)
                 gemm.add(dw_MD[s], tile_RM[: len(x_RD), s].mT, x_RD, first=n == 0)

@@ -15,20 +15,26 @@ from torch import Tensor
 
 from cosup import info_nce
 from cosup.bench import peers, report
-from cosup.bench.gemms import engine_gemms, torch_mm
+from cosup.bench.gemms import engine_gemms, planned, torch_mm
 from cosup.bench.measure import Problem, measure
-from cosup.plan import Strategy, plan
-from cosup.walk import cost, resolve
+from cosup.plan import Strategy
+from cosup.walk import default_workspace
+
+
+SHAPE = {"cpu": [8192, 8192, 256], "cuda": [65536, 65536, 1024]}  # N, M, D
+DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser("cosup bench info_nce", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
-    parser.add_argument("--shape", type=report.positive, nargs=3, default=[8192, 8192, 256], metavar=("N", "M", "D"),
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--shape", type=report.positive, nargs=3, default=SHAPE[device], metavar=("N", "M", "D"),
                         help="queries, candidates (at least as many), width (%(default)s)")  # fmt: skip
-    parser.add_argument("--dtype", default="float32", choices=report.DTYPES, help="of the operands (%(default)s)")
+    parser.add_argument("--dtype", default=DTYPE[device], choices=report.DTYPES, help="of the operands (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.05, help="(%(default)s)")
-    parser.add_argument("--workspace-mib", type=report.positive, default=64, help="budget of cosup (%(default)s)")
+    parser.add_argument("--workspace-mib", type=report.positive, help="budget of cosup (%(default)s)",
+                        default=64 if device == "cpu" else default_workspace(torch.device(device)) >> 20)  # fmt: skip
     parser.add_argument("--symmetric", action="store_true", help="both directions")
     parser.add_argument("--rounds", type=report.positive, default=7, help="of which the quickest counts (%(default)s)")
     args = parser.parse_args(arguments)
@@ -37,7 +43,6 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     n, m, d = args.shape
     workspace = args.workspace_mib << 20
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
     query, candidates = (F.normalize(torch.randn(k, d, device=device)).to(dtype).requires_grad_() for k in (n, m))
     target = torch.arange(n, device=device)
@@ -51,14 +56,14 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         square = ("sentence-transformers", "the same, cached", "open_clip", "Inf-CL")
         absent |= {name: "takes one candidate to a query" for name in others if name in square}
         others = {name: loss for name, loss in others.items() if name not in absent}
-    c = cost(query, resolve("auto", query), gathered=False, symmetric=args.symmetric)
-    blocks = plan(n, m, c, grads=True, weights_known=dtype != torch.float16, workspace_bytes=workspace)
-    print(f"plan: {blocks}")
+    scale = 1 / args.temperature
+    blocks, backend = planned(query, n, m, workspace, scale=scale, gathered=False, symmetric=args.symmetric)
+    print(f"plan: {blocks}, {backend}")
     sweeps = 1 if blocks.strategy is Strategy.GRADS_IN_FORWARD else 2
     count = {1: "three", 2: "four"}[sweeps]
     products = {
-        "three torch.mm": lambda: torch_mm(query, candidates, blocks.block_rows),
-        f"{count} GEMMs": lambda: engine_gemms(query, candidates, blocks, sweeps),
+        "three torch.mm": lambda: torch_mm(query, candidates, n if device == "cuda" else blocks.block_rows),
+        f"{count} GEMMs": lambda: engine_gemms(query, candidates, blocks, backend, sweeps),
     }
     problem = Problem(query, candidates, target, others["plain"], square=n == m)
     rows = measure(problem, products, {"cosup": ours, **others}, args.rounds)

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from cosup import linear_cross_entropy
 from cosup.bench import hidden_states, peers, report
-from cosup.bench.gemms import engine_gemms, torch_mm
+from cosup.bench.gemms import engine_gemms, planned, torch_mm
 from cosup.bench.measure import Problem, measure
-from cosup.plan import Plan, plan
-from cosup.walk import cost, default_workspace, resolve
+from cosup.walk import default_workspace
 
 IGNORED = -100
 SHAPES = {  # N, D, V
@@ -71,17 +70,14 @@ def _run(x: Tensor, w: Tensor, target: Tensor, args: argparse.Namespace, device:
     (n, d), v = x.shape, len(w)
     workspace = args.workspace_mib << 20
 
-    def planned(rows: int, gathered: bool) -> Plan:
-        c = cost(x, resolve("auto", x), gathered=gathered)
-        return plan(rows, v, c, grads=True, weights_known=x.dtype != torch.float16, workspace_bytes=workspace)
-
     # a CPU picks the rows that are not ignored; CUDA masks, whether or not there are any
     rows = int((target != IGNORED).sum()) if device == "cpu" else n
-    ours, whole = planned(rows, device == "cuda" or rows < n), planned(n, False)
-    print(f"plan: {ours}")
+    ours, backend = planned(x, rows, v, workspace, scale=1.0, gathered=device == "cuda" or rows < n)
+    whole, _ = planned(x, n, v, workspace, scale=1.0, gathered=device == "cuda")
+    print(f"plan: {ours}, {backend}")
     products = {  # of all rows, ignored or not
-        "three torch.mm": lambda: torch_mm(x, w, whole.block_rows),
-        "three GEMMs": lambda: engine_gemms(x, w, whole),
+        "three torch.mm": lambda: torch_mm(x, w, n if device == "cuda" else whole.block_rows),
+        "three GEMMs": lambda: engine_gemms(x, w, whole, backend),
     }
     others, absent = peers.losses()
     losses = {"cosup": lambda x, w, t: linear_cross_entropy(x, w, t, workspace_bytes=workspace), **others}

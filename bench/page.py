@@ -23,6 +23,7 @@ found and given up is in [bench/LOG.md](../bench/LOG.md).
 | --- | --- |
 | forward ms | the loss alone, no gradient asked |
 | fwd+bwd ms | with the gradients of both operands |
+| host ms | in which the host has started such a call: near the column before, it is what limits |
 | spread | the slowest round over the quickest |
 | x GEMMs | time over that of the quicker of the bare products |
 | workspace MB | peak of memory above inputs and gradients |
@@ -47,6 +48,9 @@ def page(folder: Path) -> str:
         if "command" not in run:
             raise ValueError(f"{path.name}: wanted the command that made it, got {sorted(run)}")
         versions = f"torch {run['torch']}, Python {run['python']}"
+        if "packages" in run:
+            named = [f"{name} {version}" for name, version in run["packages"].items()]
+            versions = ", ".join([f"driver {run['driver']}", versions, *named])
         made = f"`{run['command']}`, {run['device']}, {run['threads']} threads, {versions}, {run['date']}"
         parts.append(f"## {path.stem}\n\n{made}.\n")
         for problem in run["problems"]:

@@ -71,16 +71,28 @@ def liger(*, one_chunk: bool) -> Loss:
     return loss
 
 
-def cut_cross_entropy(impl: str) -> Loss:
+def liger_cute() -> Loss:
+    """Its function for Hopper alone."""
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import (
+        liger_fused_linear_cross_entropy_sm90 as loss,
+    )
+
+    return lambda x, w, target: loss(x, w, target)
+
+
+def cut_cross_entropy(**options) -> Loss:
+    """By default it leaves out gradients that bfloat16 would round to nothing; filter_eps=None: none."""
     from cut_cross_entropy import linear_cross_entropy
 
-    return lambda x, w, target: linear_cross_entropy(x, w, target, impl=impl)
+    return lambda x, w, target: linear_cross_entropy(x, w, target, impl="cce", **options)
 
 
 def quack(*, scaled_exp: bool) -> Loss:
+    """Its products by default: a search of the best takes minutes."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return lambda x, w, target: chunked_linear_cross_entropy(x, w, target, use_scaled_exp=scaled_exp)
+    options = {"use_scaled_exp": True} if scaled_exp else {"use_scaled_exp": False, "tuned": False}
+    return lambda x, w, target: chunked_linear_cross_entropy(x, w, target, **options)
 
 
 def _raising(error: Exception) -> Loss:
@@ -98,8 +110,9 @@ PEERS = {
     "torch one chunk": Peer(lambda: torch_chunked(chunking_method=None)),
     "Liger": Peer(lambda: liger(one_chunk=False), needs_cuda=True),
     "Liger one chunk": Peer(lambda: liger(one_chunk=True), needs_cuda=True),
-    "CCE": Peer(lambda: cut_cross_entropy("cce"), needs_cuda=True),
-    "CCE exact": Peer(lambda: cut_cross_entropy("cce_exact"), needs_cuda=True),
+    "Liger CuTe": Peer(liger_cute, needs_cuda=True),
+    "CCE": Peer(lambda: cut_cross_entropy(), needs_cuda=True),
+    "CCE exact": Peer(lambda: cut_cross_entropy(filter_eps=None), needs_cuda=True),
     "QuACK base": Peer(lambda: quack(scaled_exp=False), needs_cuda=True),
     "QuACK scaled-exp": Peer(lambda: quack(scaled_exp=True), needs_cuda=True),
 }

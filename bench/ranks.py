@@ -89,12 +89,13 @@ def _rank(rank: int, world: int, port: int, args: dict[str, Any], results: Any) 
         flop, wire = model(n, m, d, world, q.element_size(), layout, symmetric)
         table = c.detach() if layout == "ring" else c.detach().repeat(world, 1)
         budget = default_workspace(q.device)
-        blocks = plan(n, len(table), cost(q, resolve("auto", q), gathered=False, symmetric=symmetric), grads=True,
+        backend = resolve("auto", q)
+        blocks = plan(n, len(table), cost(q, backend, gathered=False, symmetric=symmetric), grads=True,
                       weights_known=layout == "all_gather", workspace_bytes=budget)  # fmt: skip
         sweeps = round(flop / (2.0 * n * m * world * d)) - 2
         products = world if layout == "ring" else 1
 
-        def multiply(times: int = products, arguments: tuple[Any, ...] = (q.detach(), table, blocks, sweeps)) -> None:
+        def multiply(times: int = products, arguments: tuple[Any, ...] = (q.detach(), table, blocks, backend, sweeps)) -> None:
             for _ in range(times):
                 engine_gemms(*arguments)
 

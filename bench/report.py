@@ -21,9 +21,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from cosup.doctor import version
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" if (HERE.parent / "pyproject.toml").exists() else Path("cosup-bench")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl", "inf-cl",
+            "sentence-transformers")  # that a GPU's figures depend on, beside torch
 GIGA, TERA = (1e9, "GFLOP/s"), (1e12, "TFLOP/s")
 
 
@@ -80,6 +84,7 @@ def cells(record: dict[str, Any]) -> list[list[str]]:
         "method": lambda row: row["method"],
         "forward ms": lambda row: _cell(row.get("forward_seconds"), lambda s: f"{1e3 * min(s):.1f}"),
         "fwd+bwd ms": lambda row: _cell(row.get("seconds"), lambda s: f"{1e3 * min(s):.1f}"),
+        "host ms": lambda row: _cell(row.get("host_seconds"), lambda s: f"{1e3 * min(s):.1f}"),
         "step ms": lambda row: _cell(row.get("step_seconds"), lambda s: f"{1e3 * min(s):.1f}"),
         "model ms": lambda row: _cell(row.get("model_seconds"), lambda s: f"{1e3 * s:.1f}"),
         "spread": lambda row: _cell(row.get("seconds"), lambda s: f"{max(s) / min(s):.2f}"),
@@ -126,9 +131,21 @@ def file_name(title: str, device: str | None = None) -> str:
 def environment(device: str | None = None) -> dict[str, Any]:
     program = Path(sys.argv[0]).name
     command = ["python", f"bench/{program}"] if program.endswith(".py") else [program]
-    return {"command": shlex.join([*command, *sys.argv[1:]]), "device": device_name(device), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "python": platform.python_version(),
-            "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    found = {"command": shlex.join([*command, *sys.argv[1:]]), "device": device_name(device), "torch": torch.__version__,
+             "threads": torch.get_num_threads(), "python": platform.python_version(),
+             "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    if torch.cuda.is_available() and device != "cpu":
+        found["driver"] = _driver()
+        found["packages"] = {name: known for name in PACKAGES if (known := version(name))}
+    return found
+
+
+def _driver() -> str | None:
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):  # another vendor's
+        return None
 
 
 def device_name(device: str | None = None) -> str:

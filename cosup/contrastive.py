@@ -195,14 +195,14 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         reduction="none" if later else once, host_scale=None if isinstance(temperature, Tensor) else 1 / temperature,
         workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
-    if pairs is not None:
+    if pairs is not None and return_stats:
         stats = RowStats(*(f * some for f in stats))
     if later:
         place: Tensor | None = None
         groups: list[tuple[Tensor, Tensor]] = []
         if hard is not None:
             z_NH = scale * torch.bmm(hard, pool.query[:, :, None]).squeeze(2).to(dtype)
-            place = _place(stats, z_NH, margin * scale)
+            place = _place(stats, z_NH, margin * scale) if return_stats else None
             groups.append((z_NH, torch.zeros_like(z_NH)))
         options: Any = {"scale": scale, "workspace_bytes": workspace_bytes, "backend": backend}
         if query_negatives and pool.group is None:

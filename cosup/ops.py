@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cosup import ring as ring_walk
 from cosup.distributed import Peers, add_over_ranks, joined, merge_columns, shard, sum_over_ranks
-from cosup.kernels.reference import ColumnState, RowState
+from cosup.kernels.reference import ColumnState, RowState, RowValues
 from cosup.plan import Strategy, enough, plan, strip_cols, used
 from cosup.positives import Positives
 from cosup.walk import (
@@ -32,6 +32,7 @@ from cosup.walk import (
     cost,
     default_workspace,
     limited,
+    row_values,
     walk,
 )
 
@@ -49,7 +50,6 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
     part = None if group is None else shard(group, len(w), x.device, budget)
     # else each GEMM would copy its part
     x, w, x2, w2 = (t if t is None or 1 in t.stride() else t.contiguous() for t in (x, w, x2, w2))
-    valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     vectors = (target, bias, row_id, col_id, soft)
     target, bias, row_id, col_id, soft = (t if t is None else t.contiguous() for t in vectors)
     positives = None
@@ -63,19 +63,21 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
                 positives=positives, col0=col0, columns=m, shard=part,
                 workspace_bytes=budget if part is None else part.workspace_bytes,
                 any_budget=workspace_bytes is None)  # fmt: skip
-    bad = valid & ((target < 0) | (target >= m))
+    skip = None if ignore_index is None else target == ignore_index
+    good = (target >= 0) & (target < m)
+    good = good if skip is None else good | skip
     if x.device.type == "cpu":
-        if bad.any():
-            row = int(bad.nonzero()[0])
+        if not good.all():
+            row = int(good.logical_not().nonzero()[0])
             raise IndexError(f"target must be in [0, {m}), got {int(target[row])} in row {row}")
-        if valid.all() or invariant:
-            return p if valid.all() else p._replace(skip=~valid)
-        rows = valid.nonzero().squeeze(1)
+        if skip is None or not skip.any():
+            return p
+        if invariant:
+            return p._replace(skip=skip)
+        rows = skip.logical_not().nonzero().squeeze(1)
         return p._replace(target=target[rows], rows=rows, row_id=None if row_id is None else row_id[rows])
-    torch._assert_async(~bad.any(), f"target must be in [0, {m})")
-    if ignore_index is None:
-        return p
-    return p._replace(target=target.masked_fill(~valid, -1), skip=~valid)
+    torch._assert_async(good.all(), f"target must be in [0, {m})")
+    return p if skip is None else p._replace(target=target.masked_fill(skip, -1), skip=skip)
 
 
 def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool):
@@ -88,19 +90,15 @@ def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known:
     return plan(n, m, c, grads=grads, weights_known=weights_known, workspace_bytes=budget)
 
 
-def _per_row(p: Problem, state: RowState) -> tuple[Tensor, ...]:
+def _per_row(p: Problem, state: RowState) -> RowValues:
     """What ``nll_stats`` gives, over all N rows; zeros at ignored rows."""
-    nll = state.nll(p.margin * p.scale)
-    above = torch.where(nll.isnan(), p.columns - 1, state.above)  # none is above a NaN: such a row is last, not first
-    excess = (state.max - state.target) + p.margin * p.scale + state.dot / state.sum
-    if p.positives is not None:
-        excess = excess + p.positives.entropy()  # from the pooled logit to the mean by the positives' own softmax
-    fields = (nll, state.lse(), state.entropy(), state.soft, state.max, state.sum, above, excess)
+    values = row_values(p, state)
+    if p.positives is not None:  # from the pooled logit to the mean by the positives' own softmax
+        entropy = p.positives.entropy()
+        values.excess.add_(entropy if p.skip is None else entropy.masked_fill(p.skip, 0))
     if p.rows is not None:
-        return tuple(f.new_zeros(len(p.x)).index_copy_(0, p.rows, f) for f in fields)
-    if p.skip is not None:
-        return tuple(f.masked_fill(p.skip, 0) for f in fields)
-    return fields
+        return RowValues(*(f.new_zeros(len(p.x)).index_copy_(0, p.rows, f) for f in values))
+    return values
 
 
 def _statistics(p: Problem, state: RowState, columns: Columns | None, rank: bool) -> tuple[Tensor, ...]:

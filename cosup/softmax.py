@@ -11,13 +11,10 @@ from torch import Tensor
 
 from cosup import ops
 from cosup.checks import check_call
-from cosup.walk import NARROW, RowWeights, resolve
+from cosup.walk import RowWeights, narrowed, resolve
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-NARROW_SCALE = 32.0  # up to which logits of 16-bit products are as exact as plain PyTorch's
 
 
 class RowStats(NamedTuple):
@@ -55,7 +52,7 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
                  workspace_bytes: int | None, backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
     """All losses: weigh the rows, run the operator that knows their weights or the one that waits for them, reduce.
 
-    ``host_scale``: what ``scale`` holds, where that is no device's secret.
+    ``rank``: whether that, and what comes first, is asked of the statistics; else those two have no rows. ``host_scale``: what ``scale`` holds, where that is no device's secret.
     """
     check_call(workspace_bytes)
     backend, group = resolve(backend, x), None if process_group is None else process_group.group_name
@@ -67,12 +64,10 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
         backend = "triton"  # a second sweep's products must round as those did that the statistics are of
     # float16 waits for the upstream gradient: p / N is below its range without a loss scale, sums over N are above it
     known = reduction != "none" and x.dtype != torch.float16 and ring is None
-    plain = lora is None and pairs is None and gap is None and group is None and row_group is None
-    if x.is_cuda and x.dtype == torch.bfloat16 and backend == "triton" and known and any(need[:-1]) and plain:
-        backend = NARROW if host_scale is not None and host_scale <= NARROW_SCALE else backend
+    if known and any(need[:-1]) and lora is None and pairs is None and gap is None and group is None and row_group is None:
+        backend = narrowed(backend, x, host_scale)
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
-    weight = torch.ones_like(valid, dtype=scale.dtype) if weight is None else weight.to(scale.dtype)
-    weight = weight.masked_fill(~valid, 0.0)
+    weight = valid.to(scale.dtype) if weight is None else weight.to(scale.dtype).masked_fill(~valid, 0.0)
     n = x.shape[0]
     if batch_invariant:  # whole blocks of rows: a product's rows are independent of each other, but not of their number
         padding = (0, -n % ops.INVARIANT_ROWS.get(x.device.type, 1))
@@ -81,11 +76,12 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
         weight, valid = F.pad(weight, padding), F.pad(valid, padding)
     weights, soft, divisor = _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group)
     if reduction == "mean":
-        divisor = torch.where(divisor == 0, 1.0, divisor)
-        weights, weight = weights.map(lambda v: v / divisor), weight / divisor
+        divisor = divisor + (divisor == 0)
+        weights = weights.map(lambda v: v / divisor)
     of_columns = None
     if symmetric:  # half of each direction
-        weights, of_columns = weights.map(lambda v: v / 2), weight / 2
+        weights = weights.map(lambda v: v / 2)
+        of_columns = (weight / divisor if reduction == "mean" else weight) / 2
     pair_start, pair_col = (None, None) if pairs is None else pairs
     options: Any = (softcap, ignore_index, margin, gap, pool)
     end: Any = (rank, need, workspace_bytes, backend, group, batch_invariant, row_group)
@@ -102,8 +98,8 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
         loss = ops.row_losses(weights, nll, lse, soft_logit, of_columns, col_nll)
         loss = loss[:n] if reduction == "none" else loss.sum()
     nll, lse, entropy, above, valid = (t[:n] for t in (nll, lse, entropy, above, valid))
-    place = (above.long() + 1) * valid
-    return loss, RowStats(nll, lse, -nll, entropy, place, (place == 1) & ~nll.isnan())
+    place = (above.long() + 1) * valid if rank else above[:0].long()
+    return loss, RowStats(nll, lse, -nll, entropy, place, (place == 1) & ~nll[: len(place)].isnan())
 
 
 def _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group):

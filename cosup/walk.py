@@ -27,13 +27,14 @@ from torch import Tensor
 from cosup import gemm
 from cosup.distributed import Shard, merge, sum_over_ranks
 from cosup.kernels import native, reference
-from cosup.kernels.reference import ColumnState, RowState
+from cosup.kernels.reference import ColumnState, RowState, RowValues
 from cosup.plan import ALIGN, Cost, Plan, padded
 from cosup.positives import Positives, host_reads
 
 _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
 BACKENDS = ("auto", "reference", "native", "triton", "fused")
 NARROW = "triton-16bit"  # Triton's kernels on tiles of the operands' own dtype, for gradients made in the same sweep
+NARROW_SCALE = 33.4  # where it may be taken: a temperature of 0.03
 FREE_SHARE = 16  # of the free memory a workspace takes one part, where none is given
 LEAST_WORKSPACE, MOST_WORKSPACE = 16 << 20, {"cpu": 256 << 20, "cuda": 4 << 30}  # bytes, where none is given
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
@@ -43,6 +44,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 LEAST_ROWS = {"cpu": 64, "cuda": 1024}
 ROW_STEP = {"cuda": 256}  # rows of a block: whole tiles of the vendor's products
 STRIP = 1 << 20  # elements multiplied at once on a CPU: about what its cache holds
+COLUMN_PARTS = 8  # of ``tile_stats.MOST_PARTS``
 FUSED_COLUMNS, FUSED_FIELDS = 128, 5  # of ``product_stats``: columns that share one statistic, and what that takes
 REFERENCE_COPIES = 9  # tiles that the PyTorch kernels hold at once at most, by count of their temporaries
 
@@ -307,7 +309,8 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
         packed=product if item == 4 else 0,  # by oneDNN
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
         row=5 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets, or their logits, and row numbers
-        column=6 * wide if symmetric else wide * sigmoid,  # ColumnState; weights and their coefficients
+        # ColumnState; weights and their coefficients; parts of the statistic, which a GPU joins
+        column=6 * wide + (0 if on_cpu else 3 * wide * COLUMN_PARTS) if symmetric else wide * sigmoid,
         block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
         table_row=sums,
         query_row=sums,
@@ -362,6 +365,13 @@ def resolve(backend: str, x: Tensor) -> str:
     return backend
 
 
+def narrowed(backend: str, x: Tensor, scale: float | None) -> str:
+    """The kernels on tiles of the operands' own dtype, where they are as exact as plain PyTorch: if the host knows that
+    the logits are no more than so many times the products."""
+    fits = backend == "triton" and x.is_cuda and x.dtype == torch.bfloat16 and scale is not None
+    return NARROW if fits and scale <= NARROW_SCALE else backend
+
+
 class Kernels(NamedTuple):
     tile_stats: Callable[..., None]
     column_stats: Callable[..., None]
@@ -391,6 +401,14 @@ def tile_kernels(backend: str, x: Tensor, sigmoid: bool = False) -> Kernels:
     if sigmoid:
         return Kernels(sigmoid_stats, column_stats, sigmoid_grad)
     return Kernels(tile_stats, column_stats, tile_grad, product_stats, target_dots)
+
+
+def row_values(p: Problem, state: RowState) -> RowValues:
+    """What the final statistics of the rows visited say: zeros where they are skipped."""
+    values = reference.row_values
+    if p.x.is_cuda and HAS_TRITON and p.scale.dtype == torch.float32:
+        from cosup.kernels.row_values import row_values as values
+    return values(state, p.columns, p.margin, p.scale, p.skip)
 
 
 @functools.cache

@@ -47,16 +47,25 @@ class RowState(NamedTuple):
     def rows(self, r: slice) -> RowState:
         return RowState(*(field[r] for field in self))
 
-    def nll(self, margin: Tensor | float = 0.0) -> Tensor:
-        """lse - (target - margin), with the two large numbers subtracted before the small ones are added."""
-        return self.sum.log() + (self.max - self.target) + margin
-
     def lse(self) -> Tensor:
         return self.max + self.sum.log()
 
     def entropy(self) -> Tensor:
         """-sum_m p log p = log(sum) - E[z - max]."""
         return self.sum.log() - self.dot / self.sum
+
+
+class RowValues(NamedTuple):
+    """What the statistic of a row says, all [N]."""
+
+    nll: Tensor  # -log p of the target
+    lse: Tensor  # log sum exp
+    entropy: Tensor
+    soft: Tensor  # as of the state
+    max: Tensor  # as of the state
+    sum: Tensor  # as of the state
+    above: Tensor  # as of the state, but all other columns where nll is NaN
+    excess: Tensor  # mean of z less the target's
 
 
 class ColumnState(NamedTuple):
@@ -160,6 +169,19 @@ def tile_grad(
         idle_R = (a_R == 0) & (b_R == 0) if soft_S is None else (a_R == 0) & (b_R == 0) & (e_R == 0)
         c_RS = torch.where(idle_R[:, None], 0.0, c_RS)
     out_RS.copy_(c_RS)
+
+
+def row_values(state: RowState, columns: int, margin: float, scale: Tensor, skip: Tensor | None) -> RowValues:
+    """What a statistic over so many columns says: of rows to skip, zeros. ``state`` is used up.
+
+        nll = lse - (target - margin * scale), with the two large numbers subtracted before the small ones are added
+    """
+    lag_R = (state.max - state.target) + margin * scale
+    nll_R = state.sum.log() + lag_R
+    above_R = torch.where(nll_R.isnan(), columns - 1, state.above)  # none is above a NaN: such a row is last, not first
+    found = RowValues(nll_R, state.lse(), state.entropy(), state.soft, state.max, state.sum, above_R,
+                      lag_R + state.dot / state.sum)  # fmt: skip
+    return found if skip is None else RowValues(*(f.masked_fill_(skip, 0) for f in found))
 
 
 def target_dots(x_RD: Tensor, w_MD: Tensor, target_R: Tensor, col0: int) -> Tensor:

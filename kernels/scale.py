@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, UNROLL = 1024, 4  # elements that a program takes at once, and how many times
+BLOCK, UNROLL, PROGRAMS = 1024, 4, 2048  # elements that a program takes at once; reads in flight; programs at most
 
 
 @triton.jit
@@ -15,11 +15,11 @@ def _scale_kernel(grad_ptr, factor_ptr, size, BLOCK: tl.constexpr, UNROLL: tl.co
     factor = tl.load(factor_ptr)
     if factor == 1.0:
         return
-    first = tl.program_id(0).to(tl.int64) * BLOCK * UNROLL
-    for u in tl.static_range(UNROLL):
-        i = first + u * BLOCK + tl.arange(0, BLOCK)
-        grad = tl.load(grad_ptr + i, i < size)
-        tl.store(grad_ptr + i, (grad.to(factor.dtype) * factor).to(grad_ptr.dtype.element_ty), i < size)
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK * UNROLL, size, tl.num_programs(0) * BLOCK * UNROLL):
+        for u in tl.static_range(UNROLL):
+            i = first + u * BLOCK + tl.arange(0, BLOCK)
+            grad = tl.load(grad_ptr + i, i < size)
+            tl.store(grad_ptr + i, (grad.to(factor.dtype) * factor).to(grad_ptr.dtype.element_ty), i < size)
 
 
 def scale(grad: Tensor, factor: Tensor) -> None:
@@ -28,5 +28,6 @@ def scale(grad: Tensor, factor: Tensor) -> None:
     size = grad.numel()
     if size == 0:
         return
+    programs = min(PROGRAMS, triton.cdiv(size, BLOCK * UNROLL))  # few: they start before they know that nothing is to do
     with torch.cuda.device_of(grad):  # the launch goes to the current device
-        _scale_kernel[(triton.cdiv(size, BLOCK * UNROLL),)](grad, factor, size, BLOCK, UNROLL, num_warps=4)
+        _scale_kernel[(programs,)](grad, factor, size, BLOCK, UNROLL, num_warps=4)

@@ -20,6 +20,9 @@ LANES, UNROLL = 128, 2  # threads of a row's program; reads of 16 bytes by each 
 BLOCK_S = 2048  # columns per step of the sigmoid kernels: eight float32 per thread at 8 warps
 WARPS = 8
 GROUPS, ROWS = 4, 8  # of a program of the columns' statistic: warps, and rows that each takes at once
+STAGES = 3  # of its loop: tiles that are read ahead
+# programs that it wants, parts of the rows to get there at most, rows of a part at least
+COLUMN_PROGRAMS, MOST_PARTS, LEAST_PART = 1056, 8, 256
 COLUMN_BYTES = 512  # of a row that it takes: 16 to a lane of a warp
 
 
@@ -209,10 +212,11 @@ def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=No
 
 
 @triton.jit
-def _column_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_ptr, scale_ptr, bias_ptr, row_id_ptr,
-                   col_id_ptr, col0, R, S, softcap, margin, limit_ptr, own_ptr, HAS_BIAS: tl.constexpr,
-                   HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_OWN: tl.constexpr,
-                   ROWS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _column_kernel(dot_ptr, stride_R, part_ptr, target_ptr, scale_ptr, bias_ptr, row_id_ptr, col_id_ptr, col0, R, S,
+                   softcap, margin, limit_ptr, own_ptr, HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr,
+                   HAS_CAP: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_OWN: tl.constexpr, ROWS: tl.constexpr,
+                   GROUPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """The statistic of a few columns over some of the rows, into part [parts, 3, S]."""
     s = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale = tl.load(scale_ptr)
     bias = tl.load(bias_ptr + s, s < S, other=0.0).to(tl.float32)[None, None, :] if HAS_BIAS else 0.0
@@ -220,7 +224,8 @@ def _column_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_ptr, sc
     run_max = tl.full((GROUPS, COLUMNS), float("-inf"), tl.float32)
     run_sum = tl.zeros((GROUPS, COLUMNS), tl.float32)
     run_dot = tl.zeros((GROUPS, COLUMNS), tl.float32)
-    for r0 in range(0, R, ROWS * GROUPS):
+    step = tl.num_programs(1) * ROWS * GROUPS
+    for r0 in tl.range(tl.program_id(1) * ROWS * GROUPS, R, step, num_stages=STAGES):
         # rows along axis 0 are of one thread, along axis 1 of one warp each
         r = r0 + tl.arange(0, ROWS)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
         inside = (r < R)[:, :, None] & (s < S)[None, None, :]
@@ -239,10 +244,23 @@ def _column_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_ptr, sc
         z = tl.where(hit, z - margin * scale, z)
         run_max, run_sum, run_dot = _fold(tl.where(inside, z, float("-inf")), run_max, run_sum, run_dot, 0)
     top, total, dot = _joined(run_max, run_sum, run_dot)
-    top_before = tl.load(max_ptr + s, s < S, other=float("-inf"))
-    total_before = tl.load(sum_ptr + s, s < S, other=0.0)
-    dot_before = tl.load(edot_ptr + s, s < S, other=0.0)
-    top, total, dot = _merged(top_before, total_before, dot_before, top, total, dot)
+    part_ptr += tl.program_id(1) * 3 * S + s
+    tl.store(part_ptr, top, s < S)
+    tl.store(part_ptr + S, total, s < S)
+    tl.store(part_ptr + 2 * S, dot, s < S)
+
+
+@triton.jit
+def _column_merge_kernel(part_ptr, max_ptr, sum_ptr, edot_ptr, S, parts, COLUMNS: tl.constexpr):
+    s = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    top = tl.load(max_ptr + s, s < S, other=float("-inf"))
+    total = tl.load(sum_ptr + s, s < S, other=0.0)
+    dot = tl.load(edot_ptr + s, s < S, other=0.0)
+    for p in range(parts):
+        part = part_ptr + p * 3 * S + s
+        more = tl.load(part, s < S, other=float("-inf"))
+        more_total = tl.load(part + S, s < S, other=0.0)
+        top, total, dot = _merged(top, total, dot, more, more_total, tl.load(part + 2 * S, s < S, other=0.0))
     tl.store(max_ptr + s, top, s < S)
     tl.store(sum_ptr + s, total, s < S)
     tl.store(edot_ptr + s, dot, s < S)
@@ -254,12 +272,15 @@ def column_stats(dot_RS: Tensor, state: ColumnState, col0, target_R, scale, bias
     if R == 0 or S == 0:
         return
     unused, columns = target_R, COLUMN_BYTES // dot_RS.element_size()
+    parts = min(MOST_PARTS, triton.cdiv(COLUMN_PROGRAMS, triton.cdiv(S, columns)), triton.cdiv(R, LEAST_PART))
+    part_P3S = torch.empty(parts, 3, S, dtype=torch.float32, device=dot_RS.device)
     with torch.cuda.device_of(dot_RS):
-        _column_kernel[(triton.cdiv(S, columns),)](
-            dot_RS, dot_RS.stride(0), *state, target_R, scale, unused if bias_S is None else bias_S,
+        _column_kernel[(triton.cdiv(S, columns), parts)](
+            dot_RS, dot_RS.stride(0), part_P3S, target_R, scale, unused if bias_S is None else bias_S,
             unused if row_id_R is None else row_id_R, unused if col_id_S is None else col_id_S, col0, R, S, softcap,
             margin, unused if limit_R is None else limit_R, unused if own_R is None else own_R,
             HAS_BIAS=bias_S is not None, HAS_ID=row_id_R is not None, HAS_CAP=bool(softcap),
             HAS_LIMIT=limit_R is not None, HAS_OWN=own_R is not None, ROWS=ROWS, GROUPS=GROUPS, COLUMNS=columns,
-            num_warps=GROUPS,
+            STAGES=STAGES, num_warps=GROUPS,
         )  # fmt: skip
+        _column_merge_kernel[(triton.cdiv(S, 256),)](part_P3S, *state, S, parts, COLUMNS=256, num_warps=4)

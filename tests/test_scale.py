@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from cosup.kernels import scale as module
 from cosup.kernels.scale import BLOCK, UNROLL, scale
 
 
-@pytest.mark.parametrize("size", [0, 1, 5000, BLOCK * UNROLL, 2 * BLOCK * UNROLL + 1])
+@pytest.mark.parametrize("size", [0, 1, 5000, BLOCK * UNROLL, 5 * BLOCK * UNROLL + 1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_each_element_is_multiplied_once(size, dtype, device):
+def test_each_element_is_multiplied_once(size, dtype, device, monkeypatch):
+    monkeypatch.setattr(module, "PROGRAMS", 2)  # which then take several parts each
     wide = torch.promote_types(dtype, torch.float32)
     grad, factor = torch.randn(size, dtype=dtype, device=device), torch.tensor(1 / 3, dtype=wide, device=device)
     room = torch.full((size + 8,), 7.0, dtype=dtype, device=device)

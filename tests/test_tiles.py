@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from cosup.kernels import native, product_stats, reference, tile_sigmoid
-from cosup.kernels.reference import ColumnState, RowState
+from cosup.kernels.reference import ColumnState, RowState, RowValues
+from cosup.kernels.row_values import row_values
 from cosup.kernels.target_dots import target_dots
 from cosup.kernels.tile_grad import tile_grad
+from cosup.kernels import tile_stats as module
 from cosup.kernels.tile_stats import column_stats, tile_stats
 
 SHAPES = [(1, 1), (3, 16), (5, 130), (7, 2100)]  # one element; aligned; ragged; more than one block of columns
@@ -92,7 +94,8 @@ def test_grad_matches_the_specification(kernels, shape, features, with_columns):
 
 @pytest.mark.parametrize("shape", [*SHAPES, (100, 37)], ids=str)
 @pytest.mark.parametrize("features", FEATURES)
-def test_column_stats_match_the_specification(kernels, shape, features):
+def test_column_stats_match_the_specification(kernels, shape, features, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_PART", 40)  # of 100 rows three parts, which are joined
     *_, columns, device = kernels
     states = []
     for run in (reference.column_stats, columns):
@@ -203,6 +206,24 @@ def test_rounded_tiles_match_the_specification(shape, features, device):
         made = dot.clone()
         tile_grad(made, made, states[0][0], a, b, *arguments, *some)
         torch.testing.assert_close(made, want, rtol=2 * torch.finfo(dot.dtype).eps, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize("n", [1, 256, 300])
+def test_row_values_match_the_specification(n, skipped, device):
+    """To the last digit but of one; a NaN's row is last, rows to skip are zeros whatever they hold."""
+    state = RowState(*torch.randn(5, n, device=device), torch.randint(9, (n,), dtype=torch.int32, device=device))
+    state.sum.abs_().add_(1)
+    skip = torch.rand(n, device=device) < 0.3 if skipped else None
+    state.target[-1] = float("nan")
+    if skipped:
+        state.max[skip], state.sum[skip] = float("-inf"), 0
+    scale, copy = torch.tensor(0.7, device=device), RowState(*(f.clone() for f in state))
+    want, got = reference.row_values(copy, 50, 1.5, scale, skip), row_values(state, 50, 1.5, scale, skip)
+    for name, a, b in zip(RowValues._fields, want, got, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+    last = skipped and bool(skip[-1])
+    assert got.above[-1] == (0 if last else 49) and got.nll[-1].isnan().item() != last
 
 
 @pytest.mark.parametrize("layout", ["dense", "columns first"])

@@ -40,7 +40,8 @@ def engine_gemms(x_ND: Tensor, w_MD: Tensor, plan: Plan, backend: str, sweeps: i
     m = len(w_MD)
     wide = x_ND.is_cuda and x_ND.element_size() < 4 and backend != NARROW
     with torch.no_grad():
-        room_RM = torch.empty(plan.block_rows, padded(m), dtype=torch.float32 if wide else x_ND.dtype, device=x_ND.device)
+        dtype = torch.float32 if wide else x_ND.dtype
+        room_RM = torch.empty(plan.block_rows, padded(m), dtype=dtype, device=x_ND.device)
         tile_RM = room_RM.view(x_ND.dtype)[:, : padded(m)]
         dx_ND, dw_MD = torch.empty_like(x_ND), torch.empty_like(w_MD)
         if x_ND.is_cuda and plan.block_rows < len(x_ND):  # sums of several parts

@@ -20,7 +20,6 @@ from cosup.bench.measure import Problem, measure
 from cosup.plan import Strategy
 from cosup.walk import default_workspace
 
-
 SHAPE = {"cpu": [8192, 8192, 256], "cuda": [65536, 65536, 1024]}  # N, M, D
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 

@@ -1,7 +1,7 @@
 """How every benchmark measures: all methods of a problem in turn, round after round, so that a ratio is of one run.
 
-    seconds            forward and backward;  forward_seconds: the loss alone, no gradient asked. On CUDA that of a call among
-                       CALLS back to back, by the device's own clock
+    seconds            forward and backward;  forward_seconds: the loss alone, no gradient asked. On CUDA of a call
+                       among CALLS back to back, by the device's own clock
     host_seconds       on CUDA: in which Python has started such a call
     dense_seconds      forward and backward with no label ignored, where some are
     peak_bytes         most bytes alive during forward and backward above those before: gradients are counted

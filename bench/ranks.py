@@ -95,7 +95,9 @@ def _rank(rank: int, world: int, port: int, args: dict[str, Any], results: Any) 
         sweeps = round(flop / (2.0 * n * m * world * d)) - 2
         products = world if layout == "ring" else 1
 
-        def multiply(times: int = products, arguments: tuple[Any, ...] = (q.detach(), table, blocks, backend, sweeps)) -> None:
+        of_products: tuple[Any, ...] = (q.detach(), table, blocks, backend, sweeps)
+
+        def multiply(times: int = products, arguments: tuple[Any, ...] = of_products) -> None:
             for _ in range(times):
                 engine_gemms(*arguments)
 

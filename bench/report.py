@@ -131,8 +131,8 @@ def file_name(title: str, device: str | None = None) -> str:
 def environment(device: str | None = None) -> dict[str, Any]:
     program = Path(sys.argv[0]).name
     command = ["python", f"bench/{program}"] if program.endswith(".py") else [program]
-    found = {"command": shlex.join([*command, *sys.argv[1:]]), "device": device_name(device), "torch": torch.__version__,
-             "threads": torch.get_num_threads(), "python": platform.python_version(),
+    found = {"command": shlex.join([*command, *sys.argv[1:]]), "device": device_name(device),
+             "torch": torch.__version__, "threads": torch.get_num_threads(), "python": platform.python_version(),
              "date": time.strftime("%Y-%m-%d")}  # fmt: skip
     if torch.cuda.is_available() and device != "cpu":
         found["driver"] = _driver()

@@ -44,7 +44,7 @@ class Cost(NamedTuple):
     strip: int  # not bytes: elements multiplied at once; 0: a whole tile
     features: int  # not bytes: the length D of the vectors
     least_rows: int  # not bytes: with fewer to a block, adding to the table's gradient costs more than a second product
-    row_step: int  # not bytes: rows of a block come in multiples of it, where a block holds so many and is not the only one
+    row_step: int  # not bytes: rows of a block come in multiples of it, where it holds so many and is not the only one
     merged_cols: int  # not bytes: columns to an element of the tile
     tile: int  # per element of the tile
     dots: int  # per element of a strip before it is copied into the tile

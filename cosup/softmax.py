@@ -52,7 +52,8 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
                  workspace_bytes: int | None, backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
     """All losses: weigh the rows, run the operator that knows their weights or the one that waits for them, reduce.
 
-    ``rank``: whether that, and what comes first, is asked of the statistics; else those two have no rows. ``host_scale``: what ``scale`` holds, where that is no device's secret.
+    ``rank``: whether rank and top1 are asked of the statistics; else those two have no rows. ``host_scale``: what
+    ``scale`` holds, where the host knows it without asking the device.
     """
     check_call(workspace_bytes)
     backend, group = resolve(backend, x), None if process_group is None else process_group.group_name
@@ -64,7 +65,7 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
         backend = "triton"  # a second sweep's products must round as those did that the statistics are of
     # float16 waits for the upstream gradient: p / N is below its range without a loss scale, sums over N are above it
     known = reduction != "none" and x.dtype != torch.float16 and ring is None
-    if known and any(need[:-1]) and lora is None and pairs is None and gap is None and group is None and row_group is None:
+    if known and any(need[:-1]) and all(t is None for t in (lora, pairs, gap, group, row_group)):
         backend = narrowed(backend, x, host_scale)
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     weight = valid.to(scale.dtype) if weight is None else weight.to(scale.dtype).masked_fill(~valid, 0.0)

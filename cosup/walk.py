@@ -295,6 +295,7 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
     wide = max(item, 4)
     on_cpu = x.device.type == "cpu"
     fused = backend == "fused" and not more_features
+    fields = FUSED_FIELDS if fused else REFERENCE_COPIES if backend == "reference" else 1
     product = item if gemm.returns_product(x) and not fused else 0
     sums = d * 4 if item < 4 else 0  # 16-bit gradients are summed in float32
     return Cost(
@@ -303,7 +304,7 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
         least_rows=LEAST_ROWS.get(x.device.type, 1024),
         row_step=ROW_STEP.get(x.device.type, 1),
         merged_cols=FUSED_COLUMNS if fused else 1,
-        tile=item if backend == NARROW else wide * (FUSED_FIELDS if fused else REFERENCE_COPIES if backend == "reference" else 1),
+        tile=item if backend == NARROW else wide * fields,
         dots=product * 3 // 2 if item == 4 and d > gemm.CHAIN else product,  # with the parts that oneDNN packs
         coef=product * {torch.bfloat16: 2, torch.float16: 1}.get(x.dtype, 0),  # apart; oneDNN packs bfloat16 ones
         packed=product if item == 4 else 0,  # by oneDNN
@@ -320,8 +321,8 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
 
 @functools.cache
 def default_workspace(device: torch.device) -> int:
-    """Bytes where no budget is given: a sixteenth of the free memory, on a CPU down to a power of 2, at most 256 MiB there
-    and 4 GiB on CUDA, at least 16 MiB. Looked up once, so that all calls of a process take the same blocks."""
+    """Bytes where no budget is given: a sixteenth of the free memory, at most 4 GiB on CUDA, and on a CPU 256 MiB and a
+    power of 2; at least 16 MiB. Looked up once, so that all calls of a process take the same blocks."""
     most = MOST_WORKSPACE.get(device.type, LEAST_WORKSPACE)
     share = _free_bytes(device) // FREE_SHARE
     if device.type == "cpu":
@@ -368,8 +369,8 @@ def resolve(backend: str, x: Tensor) -> str:
 def narrowed(backend: str, x: Tensor, scale: float | None) -> str:
     """The kernels on tiles of the operands' own dtype, where they are as exact as plain PyTorch: if the host knows that
     the logits are no more than so many times the products."""
-    fits = backend == "triton" and x.is_cuda and x.dtype == torch.bfloat16 and scale is not None
-    return NARROW if fits and scale <= NARROW_SCALE else backend
+    known = scale is not None and scale <= NARROW_SCALE
+    return NARROW if known and backend == "triton" and x.is_cuda and x.dtype == torch.bfloat16 else backend
 
 
 class Kernels(NamedTuple):
@@ -405,10 +406,12 @@ def tile_kernels(backend: str, x: Tensor, sigmoid: bool = False) -> Kernels:
 
 def row_values(p: Problem, state: RowState) -> RowValues:
     """What the final statistics of the rows visited say: zeros where they are skipped."""
-    values = reference.row_values
+    arguments = (state, p.columns, p.margin, p.scale, p.skip)
     if p.x.is_cuda and HAS_TRITON and p.scale.dtype == torch.float32:
-        from cosup.kernels.row_values import row_values as values
-    return values(state, p.columns, p.margin, p.scale, p.skip)
+        from cosup.kernels import row_values as triton  # absent on some platforms
+
+        return triton.row_values(*arguments)
+    return reference.row_values(*arguments)
 
 
 @functools.cache

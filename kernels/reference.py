@@ -7,8 +7,8 @@ A tile holds raw inner products ``dot[r, s] = <x[r], w[col0 + s]>``. Its logits 
     z[r, s] = z[r, s] - margin * scale         where col0 + s == target[r]; margin 0 with a softcap
     z[r, s] = -inf                             elsewhere, if row_id[r] == col_id[s] or scale * dot[r, s] > limit[r]
 
-Where the tile is rounded to 16 bits, own[r] is the target's inner product before that: it stands in the tile's place for
-all that is asked but ``above``, which compares logits that are rounded alike.
+Where the tile is rounded to 16 bits, own[r] is the target's inner product before that: it stands in the tile's place
+for all that is asked but ``above``, which compares logits that are rounded alike.
 
 Shape suffixes: R rows of the tile, S columns of the tile. Row statistics are float32 (float64 for float64 tiles).
 Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867.

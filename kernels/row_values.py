@@ -16,8 +16,8 @@ BLOCK = 256  # rows of a program
 
 
 @triton.jit
-def _row_values_kernel(max_ptr, sum_ptr, dot_ptr, target_ptr, soft_ptr, above_ptr, log_ptr, scale_ptr, skip_ptr, nll_ptr,
-                       entropy_ptr, excess_ptr, margin, columns, N, HAS_SKIP: tl.constexpr,
+def _row_values_kernel(max_ptr, sum_ptr, dot_ptr, target_ptr, soft_ptr, above_ptr, log_ptr, scale_ptr, skip_ptr,
+                       nll_ptr, entropy_ptr, excess_ptr, margin, columns, N, HAS_SKIP: tl.constexpr,
                        BLOCK: tl.constexpr):  # fmt: skip
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N

@@ -23,11 +23,11 @@ def _scale_kernel(grad_ptr, factor_ptr, size, BLOCK: tl.constexpr, UNROLL: tl.co
 
 
 def scale(grad: Tensor, factor: Tensor) -> None:
-    """grad *= factor, a number on grad's device of at least its precision: it is not rounded to grad's, nor read by the
-    host. ``grad`` is contiguous."""
+    """grad *= factor, a number on grad's device: it is not rounded to grad's dtype, nor read by the host. ``grad`` is
+    contiguous."""
     size = grad.numel()
     if size == 0:
         return
-    programs = min(PROGRAMS, triton.cdiv(size, BLOCK * UNROLL))  # few: they start before they know that nothing is to do
+    programs = min(PROGRAMS, triton.cdiv(size, BLOCK * UNROLL))  # few: to start them is all that a factor of 1 costs
     with torch.cuda.device_of(grad):  # the launch goes to the current device
         _scale_kernel[(programs,)](grad, factor, size, BLOCK, UNROLL, num_warps=4)

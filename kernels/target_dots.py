@@ -1,4 +1,4 @@
-"""Triton: each row's inner product with its target's column alone, in float32, for tiles that are rounded to 16 bits."""
+"""Triton: each row's inner product with its target alone, in float32, for tiles that are rounded to 16 bits."""
 
 from __future__ import annotations
 

@@ -19,11 +19,10 @@ from cosup.kernels.reference import ColumnState, RowState
 LANES, UNROLL = 128, 2  # threads of a row's program; reads of 16 bytes by each that are in flight at once
 BLOCK_S = 2048  # columns per step of the sigmoid kernels: eight float32 per thread at 8 warps
 WARPS = 8
-GROUPS, ROWS = 4, 8  # of a program of the columns' statistic: warps, and rows that each takes at once
-STAGES = 3  # of its loop: tiles that are read ahead
+GROUPS = 4  # warps of a program of the columns' statistic
+COLUMN_BYTES = 512  # of a row that each of them takes: 16 to a lane
 # programs that it wants, parts of the rows to get there at most, rows of a part at least
 COLUMN_PROGRAMS, MOST_PARTS, LEAST_PART = 1056, 8, 256
-COLUMN_BYTES = 512  # of a row that it takes: 16 to a lane of a warp
 
 
 @triton.jit
@@ -89,16 +88,16 @@ def exp(x):
 
 
 @triton.jit
-def _fold(z, run_max, run_sum, run_dot, AXIS: tl.constexpr):
-    """Logits of each lane, along an axis that lies within threads, into its running statistic."""
-    new = tl.maximum(run_max, tl.max(z, AXIS))
+def _fold(z, run_max, run_sum, run_dot):
+    """Logits of each lane, along axis 1, into its running statistic."""
+    new = tl.maximum(run_max, tl.max(z, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far
-    z -= tl.expand_dims(safe, AXIS)
+    z -= safe[:, None]
     e = exp(z)
     lag = tl.where(run_sum == 0, 0.0, run_max - safe)
     decay = exp(run_max - safe)
-    run_dot = (run_dot + run_sum * lag) * decay + tl.sum(e * tl.maximum(z, -200.0), AXIS)  # no 0 * inf
-    return new, run_sum * decay + tl.sum(e, AXIS), run_dot
+    run_dot = (run_dot + run_sum * lag) * decay + tl.sum(e * tl.maximum(z, -200.0), 1)  # no 0 * inf
+    return new, run_sum * decay + tl.sum(e, 1), run_dot
 
 
 @triton.jit
@@ -161,7 +160,7 @@ def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_pt
                 run_soft += tl.sum(tl.where(left_out, 0.0, tl.load(soft_ptr + s) * z), 1)
             z = tl.where(hit, float("-inf"), z)  # it is merged at the end
             above += tl.sum((z > threshold).to(tl.int32), 1)
-            run_max, run_sum, run_dot = _fold(z, run_max, run_sum, run_dot, 1)
+            run_max, run_sum, run_dot = _fold(z, run_max, run_sum, run_dot)
     for s0 in range(whole, S, BLOCK):
         s = s0 + lane
         hit = s == own
@@ -174,7 +173,7 @@ def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_pt
             run_soft += tl.sum(tl.where(left_out, 0.0, tl.load(soft_ptr + s, s < S, other=0.0) * z), 1)
         z = tl.where(hit, float("-inf"), z)
         above += tl.sum((z > threshold).to(tl.int32), 1)
-        run_max, run_sum, run_dot = _fold(z, run_max, run_sum, run_dot, 1)
+        run_max, run_sum, run_dot = _fold(z, run_max, run_sum, run_dot)
     top, total, dot = _joined(run_max, run_sum, run_dot)
     total_soft = tl.sum(run_soft, 0)
     if here:
@@ -212,37 +211,60 @@ def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=No
 
 
 @triton.jit
+def _column_logits(dot_ptr, stride_R, target_ptr, scale, bias, row_id_ptr, col_id, r, R, s, S, col0, softcap, margin,
+                   limit_ptr, own_ptr, HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr, HAS_LIMIT: tl.constexpr,
+                   HAS_OWN: tl.constexpr):  # fmt: skip
+    """Logits of rows r and columns s; -inf outside the tile and at masked columns."""
+    inside = (r < R)[:, None] & (s < S)[None, :]
+    dot = tl.load(dot_ptr + r.to(tl.int64)[:, None] * stride_R + s[None, :], inside, other=0.0).to(tl.float32)
+    hit = (col0 + s)[None, :] == tl.load(target_ptr + r, r < R, other=-1)[:, None]
+    if HAS_OWN:
+        dot = tl.where(hit, tl.load(own_ptr + r, r < R, other=0.0)[:, None], dot)
+    z, chain = to_logits(dot, scale, bias, softcap, HAS_CAP)
+    if HAS_LIMIT:
+        limit = tl.load(limit_ptr + r, r < R, other=0.0)
+        z = tl.where((dot * scale > limit[:, None]) & (hit == 0), float("-inf"), z)
+    if HAS_ID:
+        row_id = tl.load(row_id_ptr + r, r < R, other=0)
+        z = tl.where((row_id[:, None] == col_id) & (hit == 0), float("-inf"), z)
+    return tl.where(inside, tl.where(hit, z - margin * scale, z), float("-inf"))
+
+
+@triton.jit
 def _column_kernel(dot_ptr, stride_R, part_ptr, target_ptr, scale_ptr, bias_ptr, row_id_ptr, col_id_ptr, col0, R, S,
                    softcap, margin, limit_ptr, own_ptr, HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr,
-                   HAS_CAP: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_OWN: tl.constexpr, ROWS: tl.constexpr,
-                   GROUPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                   HAS_CAP: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_OWN: tl.constexpr, GROUPS: tl.constexpr,
+                   COLUMNS: tl.constexpr):  # fmt: skip
     """The statistic of a few columns over some of the rows, into part [parts, 3, S]."""
     s = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale = tl.load(scale_ptr)
-    bias = tl.load(bias_ptr + s, s < S, other=0.0).to(tl.float32)[None, None, :] if HAS_BIAS else 0.0
-    col_id = tl.load(col_id_ptr + s, s < S, other=0)[None, None, :] if HAS_ID else 0
+    bias = tl.load(bias_ptr + s, s < S, other=0.0).to(tl.float32)[None, :] if HAS_BIAS else 0.0
+    col_id = tl.load(col_id_ptr + s, s < S, other=0)[None, :] if HAS_ID else 0
     run_max = tl.full((GROUPS, COLUMNS), float("-inf"), tl.float32)
     run_sum = tl.zeros((GROUPS, COLUMNS), tl.float32)
     run_dot = tl.zeros((GROUPS, COLUMNS), tl.float32)
-    step = tl.num_programs(1) * ROWS * GROUPS
-    for r0 in tl.range(tl.program_id(1) * ROWS * GROUPS, R, step, num_stages=STAGES):
-        # rows along axis 0 are of one thread, along axis 1 of one warp each
-        r = r0 + tl.arange(0, ROWS)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
-        inside = (r < R)[:, :, None] & (s < S)[None, None, :]
-        offset = r.to(tl.int64)[:, :, None] * stride_R + s[None, None, :]
-        dot = tl.load(dot_ptr + offset, inside, other=0.0).to(tl.float32)
-        hit = (col0 + s)[None, None, :] == tl.load(target_ptr + r, r < R, other=-1)[:, :, None]
-        if HAS_OWN:
-            dot = tl.where(hit, tl.load(own_ptr + r, r < R, other=0.0)[:, :, None], dot)
-        z, _ = to_logits(dot, scale, bias, softcap, HAS_CAP)
-        if HAS_LIMIT:
-            limit = tl.load(limit_ptr + r, r < R, other=0.0)
-            z = tl.where((dot * scale > limit[:, :, None]) & (hit == 0), float("-inf"), z)
-        if HAS_ID:
-            row_id = tl.load(row_id_ptr + r, r < R, other=0)
-            z = tl.where((row_id[:, :, None] == col_id) & (hit == 0), float("-inf"), z)
-        z = tl.where(hit, z - margin * scale, z)
-        run_max, run_sum, run_dot = _fold(tl.where(inside, z, float("-inf")), run_max, run_sum, run_dot, 0)
+    group = tl.arange(0, GROUPS)  # a row of each to a warp at a time: all that is done is done element by element
+    for r0 in range(tl.program_id(1) * 4 * GROUPS, R, tl.num_programs(1) * 4 * GROUPS):
+        r = r0 + group
+        z0 = _column_logits(dot_ptr, stride_R, target_ptr, scale, bias, row_id_ptr, col_id, r, R, s, S, col0, softcap,
+                            margin, limit_ptr, own_ptr, HAS_ID, HAS_CAP, HAS_LIMIT, HAS_OWN)  # fmt: skip
+        z1 = _column_logits(dot_ptr, stride_R, target_ptr, scale, bias, row_id_ptr, col_id, r + GROUPS, R, s, S, col0,
+                            softcap, margin, limit_ptr, own_ptr, HAS_ID, HAS_CAP, HAS_LIMIT, HAS_OWN)  # fmt: skip
+        z2 = _column_logits(dot_ptr, stride_R, target_ptr, scale, bias, row_id_ptr, col_id, r + 2 * GROUPS, R, s, S,
+                            col0, softcap, margin, limit_ptr, own_ptr, HAS_ID, HAS_CAP, HAS_LIMIT,
+                            HAS_OWN)  # fmt: skip
+        z3 = _column_logits(dot_ptr, stride_R, target_ptr, scale, bias, row_id_ptr, col_id, r + 3 * GROUPS, R, s, S,
+                            col0, softcap, margin, limit_ptr, own_ptr, HAS_ID, HAS_CAP, HAS_LIMIT,
+                            HAS_OWN)  # fmt: skip
+        new = tl.maximum(run_max, tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3)))
+        safe = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far
+        z0, z1, z2, z3 = z0 - safe, z1 - safe, z2 - safe, z3 - safe
+        e0, e1, e2, e3 = exp(z0), exp(z1), exp(z2), exp(z3)
+        run_sum, run_dot = _decayed(run_max, run_sum, run_dot, safe)
+        run_sum += (e0 + e1) + (e2 + e3)
+        run_dot += e0 * tl.maximum(z0, -200.0) + e1 * tl.maximum(z1, -200.0)
+        run_dot += e2 * tl.maximum(z2, -200.0) + e3 * tl.maximum(z3, -200.0)
+        run_max = new
     top, total, dot = _joined(run_max, run_sum, run_dot)
     part_ptr += tl.program_id(1) * 3 * S + s
     tl.store(part_ptr, top, s < S)
@@ -280,7 +302,6 @@ def column_stats(dot_RS: Tensor, state: ColumnState, col0, target_R, scale, bias
             unused if row_id_R is None else row_id_R, unused if col_id_S is None else col_id_S, col0, R, S, softcap,
             margin, unused if limit_R is None else limit_R, unused if own_R is None else own_R,
             HAS_BIAS=bias_S is not None, HAS_ID=row_id_R is not None, HAS_CAP=bool(softcap),
-            HAS_LIMIT=limit_R is not None, HAS_OWN=own_R is not None, ROWS=ROWS, GROUPS=GROUPS, COLUMNS=columns,
-            STAGES=STAGES, num_warps=GROUPS,
+            HAS_LIMIT=limit_R is not None, HAS_OWN=own_R is not None, GROUPS=GROUPS, COLUMNS=columns, num_warps=GROUPS,
         )  # fmt: skip
         _column_merge_kernel[(triton.cdiv(S, 256),)](part_P3S, *state, S, parts, COLUMNS=256, num_warps=4)

@@ -239,15 +239,20 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
 def watch(monkeypatch, block_rows):
     """The plans that are made from here on, with so many rows to a block."""
     plans, real = [], ops.plan
-    monkeypatch.setattr(ops, "plan", lambda *a, **k: plans.append(real(*a, **k)._replace(block_rows=block_rows)) or plans[-1])
+
+    def plan(*arguments, **options):
+        plans.append(real(*arguments, **options)._replace(block_rows=block_rows))
+        return plans[-1]
+
+    monkeypatch.setattr(ops, "plan", plan)
     return plans
 
 
 @pytest.mark.parametrize("kind, rows", [("flat", "blocks"), ("right", "one block"), ("right", "blocks"),
                                         ("wrong", "one block"), ("symmetric", "one block"), ("smoothed", "blocks")])
 def test_rounded_tiles_are_as_exact_as_plain(kind, rows, device, monkeypatch):
-    """16-bit tiles, against float64: never twice plain's error, whose logits are rounded too. Where rows are right, and so
-    the target's logit decides, far less in the loss and less in the gradients."""
+    """16-bit tiles, against float64: never twice plain's error, whose logits are rounded too. Where rows are right, and
+    so the target's logit decides, far less in the loss and less in the gradients."""
     n, m, d = 64, 200, 64
     x, w = torch.randn(n, d, device=device), torch.randn(m, d, device=device)
     target = torch.randperm(m, device=device)[:n]
@@ -275,8 +280,8 @@ def test_rounded_tiles_are_as_exact_as_plain(kind, rows, device, monkeypatch):
     options = (0.0, -100, 0.0, None, "", False, [True, True] + 4 * [False], 1 << 20, NARROW, None, True, None)
     planned = watch(monkeypatch, block_rows=n if rows == "one block" else 24)
     p = [t.clone().requires_grad_() for t in (x, w)]
-    found = ops.loss_and_grads(*p, target, weight, None, share, None, of_columns, one, None, None, None, soft, *4 * [None],
-                               *options)  # fmt: skip
+    weights, features = (weight, None, share, None, of_columns), (one, None, None, None, soft, *4 * [None])
+    found = ops.loss_and_grads(*p, target, *weights, *features, *options)
     ours = [found[0].detach(), *torch.autograd.grad(found[0], p)]
     p = [t.double().requires_grad_() for t in (x, w)]
     loss = plain(*p)

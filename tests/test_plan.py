@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from cosup import walk
 from cosup.plan import Cost, Strategy, enough, plan, used
 
-WIDE = Cost(strip=0, features=768, least_rows=64, row_step=1, merged_cols=1, tile=4, dots=0, coef=0, packed=0, product=0, row=60,
-            column=0, block_row=0, table_row=0, query_row=0)  # fmt: skip
+WIDE = Cost(strip=0, features=768, least_rows=64, row_step=1, merged_cols=1, tile=4, dots=0, coef=0, packed=0,
+            product=0, row=60, column=0, block_row=0, table_row=0, query_row=0)  # fmt: skip
 costs = st.builds(Cost, strip=st.sampled_from([0, 1 << 20]), features=st.integers(0, 10_000),
                   least_rows=st.integers(1, 2000), row_step=st.sampled_from([1, 256]),
                   merged_cols=st.sampled_from([1, 128]), tile=st.sampled_from([4, 8]),
@@ -79,7 +79,8 @@ def test_a_budget_that_nobody_gave_is_never_refused(n, m, cost, known, budget):
 
 
 # what `walk.cost` gives for bfloat16 operands on CUDA
-SHAPES_3U = [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 2048, 151936), (4096, 4096, 128256), (1024, 4096, 128256)]
+SHAPES_3U = [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 2048, 151936), (4096, 4096, 128256),
+             (1024, 4096, 128256)]  # fmt: skip
 
 
 @pytest.mark.parametrize("n, d, m", SHAPES_3U)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from cosup.kernels import native, product_stats, reference, tile_sigmoid
+from cosup.kernels import tile_stats as module
 from cosup.kernels.reference import ColumnState, RowState, RowValues
 from cosup.kernels.row_values import row_values
 from cosup.kernels.target_dots import target_dots
 from cosup.kernels.tile_grad import tile_grad
-from cosup.kernels import tile_stats as module
 from cosup.kernels.tile_stats import column_stats, tile_stats
 
 SHAPES = [(1, 1), (3, 16), (5, 130), (7, 2100)]  # one element; aligned; ragged; more than one block of columns
@@ -192,7 +192,7 @@ def test_rounded_tiles_match_the_specification(shape, features, device):
     arguments.append(5 * torch.randn(shape[0], device=device))  # own: far from the tile's
     states = []
     for stats, columns in ((reference.tile_stats, reference.column_stats), (tile_stats, column_stats)):
-        rows, cols = (kind.empty(n, torch.empty(0, device=device)) for kind, n in zip((RowState, ColumnState), shape))
+        rows, cols = RowState.empty(shape[0], arguments[-1]), ColumnState.empty(shape[1], arguments[-1])
         stats(dot, rows, *arguments)
         columns(dot, cols, *arguments)
         states.append((*rows, *cols))

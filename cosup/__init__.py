@@ -1,4 +1,4 @@
-"""Train two language models together by next-token and next-sequence prediction, and never store the logits."""
+"""Train two language models together by next-token and next-sequence prediction, within a memory budget."""
 
 from typing import TYPE_CHECKING, Any
 

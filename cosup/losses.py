@@ -53,7 +53,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
                          process_group: ProcessGroup | None = None, batch_invariant: bool = False,
                          workspace_bytes: int | None = None, backend: str = "auto",
                          ) -> Tensor | tuple[Tensor, RowStats]:  # fmt: skip
-    """Cross entropy of a linear layer's logits, which are never stored whole.
+    """Cross entropy of a linear layer's logits, made in tiles within a budget of bytes.
 
         z = logit_scale * (input @ linear_weight.T + linear_bias);  z = logit_softcap * tanh(z / logit_softcap)
         lse[n] = logsumexp(z[n]),   t = target[n],   s = label_smoothing,   c = weight (1 without it)
@@ -89,7 +89,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
             the same bits whatever rows stand beside it. Slower: all products have 64 rows (256 on CUDA), ignored ones
             too; what grows with the number of rows is beside the workspace.
         workspace_bytes: Budget beside inputs, outputs and gradients; None: a sixteenth of the memory
-            that is free when a process first asks, down to a power of 2, at most 256 MiB on a CPU and 1 GiB on CUDA
+            that is free when a process first asks, at most 256 MiB on a CPU and 4 GiB on CUDA, or what blocks need
             (`cosup doctor` says how much that is now). With ``process_group`` the least of all ranks.
         backend: "auto", "native" (C++, CPU), "triton" (CUDA), "reference" (PyTorch), or "fused" (Triton, CUDA, 16-bit
             operands): "triton", but where no gradient is asked the products are merged as they are made, and no tile

@@ -56,6 +56,7 @@ class Cost(NamedTuple):
     block_row: int  # per row of a block: gathered or masked operands
     table_row: int  # per table row of a slab: float32 sum of its gradient, where that is kept apart
     query_row: int  # the same per row: of the whole problem with several slabs, else of a block with several strips
+    few: int = 0  # not bytes: numbers of a gradient up to which its product alone is summed apart, in float32
     strips_alone: bool = False  # not bytes: gradients need no statistic of whole rows, so the tile is one strip's
 
 
@@ -118,13 +119,18 @@ def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
     product = cost.features * cost.product
     gradients = rows * strip * cost.coef + max(rows * product, strip * (rows * cost.packed + product))
     total += max(rows * strip * cost.dots, gradients if grads else 0)
-    if grads and rows < n:
-        total += cols * cost.table_row
+    if grads:
+        total += cols * cost.table_row if rows < n else _apart(cols, cost)
     if grads and cols < m:
         total += n * cost.query_row
-    elif grads and strip < cols:
-        total += rows * cost.query_row
+    elif grads:
+        total += rows * cost.query_row if strip < cols else _apart(rows, cost)
     return total
+
+
+def _apart(rows: int, cost: Cost) -> int:
+    """Bytes of float32 sums of one product."""
+    return 4 * rows * cost.features * (rows * cost.features <= cost.few)
 
 
 def strip_cols(rows: int, cols: int, cost: Cost) -> int:

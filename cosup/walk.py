@@ -43,6 +43,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # 2 R D FLOP in a product, and moves 8 D bytes of the table's gradient.
 LEAST_ROWS = {"cpu": 64, "cuda": 1024}
 ROW_STEP = {"cuda": 256}  # rows of a block: whole tiles of the vendor's products
+# Numbers of a 16-bit gradient up to which its product is summed in float32 apart: where a GPU has few tiles to make,
+# cuBLAS splits their long sums among processors and joins the parts in 16 bits.
+FEW = {"cuda": 1 << 23}
 STRIP = 1 << 20  # elements multiplied at once on a CPU: about what its cache holds
 COLUMN_PARTS = 8  # of ``tile_stats.MOST_PARTS``
 FUSED_COLUMNS, FUSED_FIELDS = 128, 5  # of ``product_stats``: columns that share one statistic, and what that takes
@@ -282,9 +285,10 @@ class _Product:
         """Where the block's rows of the gradient are summed, and whether that is apart from ``dx`` and ``dx_sum``."""
         if self.dx_sum is not None:
             return self.dx_sum[self.r], False
-        if self.p.rows is None and not (self.several_strips and dx.element_size() < 4):
+        n = self.r.stop - self.r.start
+        if self.p.rows is None and not _sums_apart(dx, n, self.several_strips):
             return dx[self.r], False
-        return torch.empty(self.r.stop - self.r.start, dx.shape[1], dtype=self.p.scale.dtype, device=dx.device), True
+        return torch.empty(n, dx.shape[1], dtype=self.p.scale.dtype, device=dx.device), True
 
 
 def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, symmetric: bool = False,
@@ -315,6 +319,7 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
         block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
         table_row=sums,
         query_row=sums,
+        few=FEW.get(x.device.type, 0) if item < 4 else 0,
         strips_alone=sigmoid,
     )
 
@@ -538,7 +543,12 @@ def _coefficients(tile_grad, tile: Tensor, dtype: torch.dtype, shift_r, a_r, b_r
 
 
 def _accumulator(grad: Tensor | None, n: int, several: bool) -> Tensor | None:
-    """Float32 sums for n rows of a 16-bit gradient that is made of several parts; None: the gradient itself will do."""
-    if grad is None or not several or grad.element_size() >= 4:
+    """Float32 sums for n rows of a gradient that is made of several parts; None: the gradient itself will do."""
+    if grad is None or not _sums_apart(grad, n, several):
         return None
     return torch.empty(n, grad.shape[1], dtype=torch.float32, device=grad.device)
+
+
+def _sums_apart(grad: Tensor, n: int, several: bool) -> bool:
+    """Whether n rows of a gradient, of several parts or of one, want sums in a wider dtype than its own."""
+    return grad.element_size() < 4 and (several or n * grad.shape[1] <= FEW.get(grad.device.type, 0))

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cosup import info_nce, linear_cross_entropy, linear_log_prob, ops, sigmoid_loss
+from cosup import gemm, info_nce, linear_cross_entropy, linear_log_prob, ops, sigmoid_loss
 from cosup.bench.measure import peak_bytes
 from cosup.kernels import native
 from cosup.plan import Strategy, plan
@@ -236,6 +236,19 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
     assert [g.shape for g in grads[:3]] == [x.shape, w.shape, b.shape]
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_few_sums_of_16_bits_are_made_in_float32(reduction, monkeypatch):
+    """A GPU's library splits long sums of few numbers, and joins the parts in the dtype of what it writes."""
+    monkeypatch.setattr("cosup.walk.FEW", {"cpu": 40 * 16})
+    totals, real = [], gemm.add
+    monkeypatch.setattr(gemm, "add", lambda total, *a, **k: totals.append(total) or real(total, *a, **k))
+    x, w = (torch.randn(n, 16).bfloat16().requires_grad_() for n in (40, 50))
+    loss = linear_cross_entropy(x, w, torch.randint(50, (40,)), reduction=reduction, backend="reference")
+    loss.sum().backward()
+    kinds = {(len(t), t.dtype) for t in totals}
+    assert kinds == {(40, torch.float32), (50, torch.bfloat16)}  # of x and of w: 800 numbers are not few here
+
+
 def watch(monkeypatch, block_rows):
     """The plans that are made from here on, with so many rows to a block."""
     plans, real = [], ops.plan
@@ -294,3 +307,16 @@ def test_rounded_tiles_are_as_exact_as_plain(kind, rows, device, monkeypatch):
     assert all(a <= 2 * b + 1e-6 * t.norm() for a, b, t in zip(mine, plains, true, strict=True))
     if kind == "right":
         assert mine[0] < plains[0] / 2 and mine[1] < 0.9 * plains[1] and mine[2] < 0.9 * plains[2]
+
+
+def test_two_sweeps_take_wide_tiles(device, monkeypatch):
+    """Products of other shapes may round otherwise: a statistic of rounded ones serves no second sweep."""
+    x, w = (torch.randn(n, 64, device=device).half().requires_grad_() for n in (64, 400))
+    target, weight, one = torch.randint(400, (64,), device=device), torch.ones(64, device=device), torch.ones((), device=device)
+    backends, real = [], ops.walk
+    monkeypatch.setattr(ops, "walk", lambda p, blocks, backend, **k: backends.append(backend) or real(p, blocks, backend, **k))
+    for budget, taken in ((1 << 20, NARROW), (80_000, "triton")):
+        options = (0.0, None, 0.0, None, "", False, [True, True] + 4 * [False], budget, NARROW, None, False, None)
+        backends.clear()
+        ops.loss_and_grads(x, w, target, weight, *4 * [None], one, *8 * [None], *options)
+        assert set(backends) == {taken}

@@ -18,7 +18,7 @@ costs = st.builds(Cost, strip=st.sampled_from([0, 1 << 20]), features=st.integer
                   product=st.sampled_from([0, 4, 6]), row=st.integers(0, 80),
                   column=st.integers(0, 40), block_row=st.integers(0, 10_000),
                   table_row=st.integers(0, 5_000), query_row=st.integers(0, 5_000),
-                  strips_alone=st.booleans())  # fmt: skip
+                  few=st.sampled_from([0, 1 << 23]), strips_alone=st.booleans())  # fmt: skip
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6), costs, st.booleans(), st.booleans(), st.integers(0, 1 << 32))

@@ -302,6 +302,8 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
     fields = FUSED_FIELDS if fused else REFERENCE_COPIES if backend == "reference" else 1
     product = item if gemm.returns_product(x) and not fused else 0
     sums = d * 4 if item < 4 else 0  # 16-bit gradients are summed in float32
+    few = FEW.get(x.device.type, 0) if item < 4 else 0
+    of_second = 4 * more_features if few else 0  # the second product's, which are always few
     return Cost(
         strip=STRIP if on_cpu and not fused else 0,
         features=d,
@@ -315,11 +317,11 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
         row=5 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets, or their logits, and row numbers
         # ColumnState; weights and their coefficients; parts of the statistic, which a GPU joins
-        column=6 * wide + (0 if on_cpu else 3 * wide * COLUMN_PARTS) if symmetric else wide * sigmoid,
-        block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
+        column=of_second + (6 * wide + (0 if on_cpu else 3 * wide * COLUMN_PARTS) if symmetric else wide * sigmoid),
+        block_row=of_second + (d * item + (d * item if item >= 4 else 0) if gathered else 0),
         table_row=sums,
         query_row=sums,
-        few=FEW.get(x.device.type, 0) if item < 4 else 0,
+        few=few * d // max(1, d - more_features),
         strips_alone=sigmoid,
     )
 

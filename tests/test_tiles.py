@@ -6,6 +6,7 @@ Without a GPU the Triton kernels run in the interpreter.
 import pytest
 import torch
 
+from cosup import walk
 from cosup.kernels import native, product_stats, reference, tile_sigmoid
 from cosup.kernels import tile_stats as module
 from cosup.kernels.reference import ColumnState, RowState, RowValues
@@ -106,6 +107,10 @@ def test_column_stats_match_the_specification(kernels, shape, features, monkeypa
         states.append(state)
     for name, want, got in zip(ColumnState._fields, *states, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_plan_counts_the_parts_of_the_columns_statistic():
+    assert walk.COLUMN_PARTS == module.MOST_PARTS
 
 
 def test_column_specification_is_the_softmax():

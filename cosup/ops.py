@@ -22,7 +22,6 @@ from cosup.kernels.reference import ColumnState, RowState, RowValues
 from cosup.plan import Strategy, enough, plan, strip_cols, used
 from cosup.positives import Positives
 from cosup.walk import (
-    HAS_TRITON,
     NARROW,
     Columns,
     Need,
@@ -32,7 +31,7 @@ from cosup.walk import (
     cost,
     default_workspace,
     limited,
-    row_values,
+    tile_kernels,
     walk,
 )
 
@@ -62,7 +61,7 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
     p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, x2, w2, margin, symmetric=symmetric,
                 positives=positives, col0=col0, columns=m, shard=part,
                 workspace_bytes=budget if part is None else part.workspace_bytes,
-                any_budget=workspace_bytes is None)  # fmt: skip
+                any_budget=workspace_bytes is None and part is None)  # fmt: skip
     skip = None if ignore_index is None else target == ignore_index
     good = (target >= 0) & (target < m)
     good = good if skip is None else good | skip
@@ -90,9 +89,9 @@ def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known:
     return plan(n, m, c, grads=grads, weights_known=weights_known, workspace_bytes=budget)
 
 
-def _per_row(p: Problem, state: RowState) -> RowValues:
+def _per_row(p: Problem, state: RowState, backend: str) -> RowValues:
     """What ``nll_stats`` gives, over all N rows; zeros at ignored rows."""
-    values = row_values(p, state)
+    values = tile_kernels(backend, p.x).row_values(state, p.columns, p.margin, p.scale, p.skip)
     if p.positives is not None:  # from the pooled logit to the mean by the positives' own softmax
         entropy = p.positives.entropy()
         values.excess.add_(entropy if p.skip is None else entropy.masked_fill(p.skip, 0))
@@ -101,7 +100,8 @@ def _per_row(p: Problem, state: RowState) -> RowValues:
     return values
 
 
-def _statistics(p: Problem, state: RowState, columns: Columns | None, rank: bool) -> tuple[Tensor, ...]:
+def _statistics(p: Problem, state: RowState, columns: Columns | None, rank: bool,
+                backend: str) -> tuple[Tensor, ...]:  # fmt: skip
     """What ``nll_stats`` gives."""
     pair_logit = p.scale.new_empty(0)
     if p.positives is not None:
@@ -109,7 +109,7 @@ def _statistics(p: Problem, state: RowState, columns: Columns | None, rank: bool
             state.above.sub_(p.positives.above(state.target, p.target))
         state.target.copy_(p.positives.pooled())
         pair_logit = p.positives.logit
-    nll, lse, entropy, soft, top, total, above, excess = _per_row(p, state)
+    nll, lse, entropy, soft, top, total, above, excess = _per_row(p, state, backend)
     none = [p.scale.new_empty(0) for _ in range(4)]
     col_nll, col_excess, col_top, col_total = none
     if columns is not None:
@@ -179,12 +179,12 @@ def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor 
     if peers is not None:
         planned = functools.partial(_plan, backend=backend, invariant=False, grads=False, weights_known=False)
         state, columns = ring_walk.statistics(p, peers, planned, backend, rank)
-        return _statistics(p, state, columns, rank)  # type: ignore[return-value]
+        return _statistics(p, state, columns, rank, backend)  # type: ignore[return-value]
     columns = _columns(p, row_group)
     state, *_ = walk(p, blocks, backend, columns=columns, rank=rank)
     if columns is not None and row_group is not None:
         merge_columns(columns.state, row_group)
-    return _statistics(p, state, columns, rank)  # type: ignore[return-value]
+    return _statistics(p, state, columns, rank, backend)  # type: ignore[return-value]
 
 
 @nll_stats.register_fake
@@ -334,7 +334,7 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
             merge_columns(columns.state, row_group)
     state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), known=known, columns=columns, rank=rank,
                          need=Need(*need[:GRADS]))  # fmt: skip
-    statistics = _statistics(p, state, columns, rank)
+    statistics = _statistics(p, state, columns, rank, backend)
     found = (x.new_empty(0) if g is None else g for g in grads)
     nll, lse, _, soft_logit, col_nll, *_ = statistics
     loss = row_losses(weights, nll, lse, soft_logit, v, col_nll).sum()
@@ -362,7 +362,7 @@ def _(x, w, target, b, c, e, q, v, scale, bias, row_id, col_id, soft, x2, w2, pa
 
 
 def _grads_context(ctx, inputs, output):
-    ctx.need = inputs[-6]
+    ctx.need, ctx.backend = inputs[-6], inputs[-4]
     ctx.save_for_backward(*inputs[3:10], *output[1:6], *output[9:11], *output[1 + STATS :])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -378,27 +378,20 @@ def _grads_backward(ctx, grad_loss, *_):
         of_columns = None if v is None else v * col_excess
         statistics = (lse, entropy, excess, soft_logit, of_columns)
         dscale = grad_loss * _scale_grad(RowWeights(b, c, e, q), *statistics, scale, bias, grads[2])
-    scaled = (_scaled(g, grad_loss) if wanted else None for g, wanted in zip(grads, ctx.need, strict=False))
+    scaled = (_scaled(g, grad_loss, ctx.backend) if w else None for g, w in zip(grads, ctx.need, strict=False))
     dx, dw, dbias, dx2, dw2 = scaled
     rows = (nll, lse, -soft_logit, lse.square() / 2, col_nll)
     dweights = [grad_loss * r if wanted else None for r, wanted in zip(rows, ctx.needs_input_grad[3:8], strict=True)]
     return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *14 * [None]
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+def _scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
     """factor * grad, in grad's own memory where this is its last use."""
     if type(grad) is not Tensor:  # traced
         return (grad * factor).to(grad.dtype) if grad.element_size() >= 4 else (grad.float() * factor).to(grad.dtype)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         grad = grad.clone()
-    if grad.is_cuda and HAS_TRITON:
-        from cosup.kernels.scale import scale  # Triton: absent on some platforms
-
-        scale(grad, factor)
-    elif factor.device.type != "cpu":  # in grad's own dtype the factor would be rounded to 16 bits
-        grad.copy_(grad.to(factor.dtype) * factor)
-    elif factor != 1:
-        grad.mul_(factor)
+    tile_kernels(backend, grad).scale(grad, factor)
     return grad
 
 
@@ -574,7 +567,7 @@ def _sigmoid_backward(ctx, grad, *_):
             *_, dx, dw = sigmoid_loss(x, w, target, grad, scale, bias, row_id, col_id, *end)
     else:
         of_rows, dweight = grad * weight, grad * rows
-        dx, dw = _scaled(dx, grad), _scaled(dw, grad)
+        dx, dw = (_scaled(g, grad, ctx.backend) for g in (dx, dw))
     dx, dw = (g if wanted else None for g, wanted in zip((dx, dw), ctx.need, strict=False))
     dscale = dbias = None
     if ctx.need[2]:  # summed in float64: their terms cancel

@@ -57,6 +57,7 @@ class Cost(NamedTuple):
     table_row: int  # per table row of a slab: float32 sum of its gradient, where that is kept apart
     query_row: int  # the same per row: of the whole problem with several slabs, else of a block with several strips
     few: int = 0  # not bytes: numbers of a gradient up to which its product alone is summed apart, in float32
+    second: int = 0  # per row of a block, and per table row of a slab: float32 sums of a second product, always few
     strips_alone: bool = False  # not bytes: gradients need no statistic of whole rows, so the tile is one strip's
 
 
@@ -120,6 +121,7 @@ def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
     gradients = rows * strip * cost.coef + max(rows * product, strip * (rows * cost.packed + product))
     total += max(rows * strip * cost.dots, gradients if grads else 0)
     if grads:
+        total += (rows + cols) * cost.second
         total += cols * cost.table_row if rows < n else _apart(cols, cost)
     if grads and cols < m:
         total += n * cost.query_row
@@ -147,7 +149,8 @@ def padded(cols: int) -> int:
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest count up to ``limit`` that fits, 0 if none does; more never fits better, but for strips' rounding."""
+    """The largest count up to ``limit`` that fits, 0 if none does. Where more fits better, by the rounding of strips or
+    sums that are no longer few, what is found fits, if it is not the largest."""
     if fits(limit):
         return limit
     return max(0, bisect_left(range(limit), True, key=lambda count: not fits(count)) - 1)

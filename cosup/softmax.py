@@ -77,7 +77,7 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
         weight, valid = F.pad(weight, padding), F.pad(valid, padding)
     weights, soft, divisor = _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group)
     if reduction == "mean":
-        divisor = divisor + (divisor == 0)
+        divisor = torch.where(divisor == 0, 1.0, divisor)
         weights = weights.map(lambda v: v / divisor)
     of_columns = None
     if symmetric:  # half of each direction

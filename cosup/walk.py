@@ -239,7 +239,9 @@ class _Product:
         self.dx = new_x(x, **_CONTIGUOUS) if need_x else None
         self.dw = (torch.zeros_like if idle else torch.empty_like)(w, **_CONTIGUOUS) if need_w else None
         self.several_rows, several_cols = plan.block_rows < n, plan.block_cols < m
-        self.several_strips = plan.strip_cols < min(plan.block_cols, m)
+        few_rows, few_cols = (not idle and _are_few(size, x) for size in (plan.block_rows, plan.block_cols))
+        self.rows_apart = plan.strip_cols < min(plan.block_cols, m) or few_rows
+        self.cols_apart = self.several_rows or few_cols
         self.dx_before = dx_sum is not None
         self.dx_sum = _accumulator(self.dx, n, several_cols) if dx_sum is None else dx_sum
         self.dx_r: Tensor | None = None
@@ -247,7 +249,7 @@ class _Product:
     def start_slab(self, s: slice) -> None:
         self.s = s
         self.dw_sum: Tensor | None = None  # the last one's memory is free before the next one's is taken
-        self.dw_sum = _accumulator(self.dw, s.stop - s.start, self.several_rows)
+        self.dw_sum = _accumulator(self.dw, s.stop - s.start, self.cols_apart)
 
     def start_block(self, r: slice) -> None:
         self.r = r
@@ -285,10 +287,9 @@ class _Product:
         """Where the block's rows of the gradient are summed, and whether that is apart from ``dx`` and ``dx_sum``."""
         if self.dx_sum is not None:
             return self.dx_sum[self.r], False
-        n = self.r.stop - self.r.start
-        if self.p.rows is None and not _sums_apart(dx, n, self.several_strips):
+        if self.p.rows is None and not (self.rows_apart and dx.element_size() < 4):
             return dx[self.r], False
-        return torch.empty(n, dx.shape[1], dtype=self.p.scale.dtype, device=dx.device), True
+        return torch.empty(self.r.stop - self.r.start, dx.shape[1], dtype=self.p.scale.dtype, device=dx.device), True
 
 
 def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, symmetric: bool = False,
@@ -303,7 +304,6 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
     product = item if gemm.returns_product(x) and not fused else 0
     sums = d * 4 if item < 4 else 0  # 16-bit gradients are summed in float32
     few = FEW.get(x.device.type, 0) if item < 4 else 0
-    of_second = 4 * more_features if few else 0  # the second product's, which are always few
     return Cost(
         strip=STRIP if on_cpu and not fused else 0,
         features=d,
@@ -317,11 +317,12 @@ def cost(x: Tensor, backend: str, *, gathered: bool, more_features: int = 0, sym
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
         row=5 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets, or their logits, and row numbers
         # ColumnState; weights and their coefficients; parts of the statistic, which a GPU joins
-        column=of_second + (6 * wide + (0 if on_cpu else 3 * wide * COLUMN_PARTS) if symmetric else wide * sigmoid),
-        block_row=of_second + (d * item + (d * item if item >= 4 else 0) if gathered else 0),
+        column=6 * wide + (0 if on_cpu else 3 * wide * COLUMN_PARTS) if symmetric else wide * sigmoid,
+        block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
         table_row=sums,
         query_row=sums,
-        few=few * d // max(1, d - more_features),
+        few=few * d // max(1, d - more_features),  # as the first product counts them
+        second=4 * more_features if few else 0,
         strips_alone=sigmoid,
     )
 
@@ -386,6 +387,8 @@ class Kernels(NamedTuple):
     tile_grad: Callable[..., None]
     product_stats: Callable[..., None] = lambda *_: None
     target_dots: Callable[..., Tensor] = reference.target_dots
+    row_values: Callable[..., RowValues] = reference.row_values
+    scale: Callable[..., None] = reference.scale
 
 
 def tile_kernels(backend: str, x: Tensor, sigmoid: bool = False) -> Kernels:
@@ -401,24 +404,16 @@ def tile_kernels(backend: str, x: Tensor, sigmoid: bool = False) -> Kernels:
             return Kernels(reference.sigmoid_stats, reference.column_stats, reference.sigmoid_grad)
         return Kernels(reference.tile_stats, reference.column_stats, reference.tile_grad)
     from cosup.kernels.product_stats import product_stats  # Triton: absent on some platforms
+    from cosup.kernels.row_values import row_values
+    from cosup.kernels.scale import scale
     from cosup.kernels.target_dots import target_dots
     from cosup.kernels.tile_grad import tile_grad
     from cosup.kernels.tile_sigmoid import sigmoid_grad, sigmoid_stats
     from cosup.kernels.tile_stats import column_stats, tile_stats
 
     if sigmoid:
-        return Kernels(sigmoid_stats, column_stats, sigmoid_grad)
-    return Kernels(tile_stats, column_stats, tile_grad, product_stats, target_dots)
-
-
-def row_values(p: Problem, state: RowState) -> RowValues:
-    """What the final statistics of the rows visited say: zeros where they are skipped."""
-    arguments = (state, p.columns, p.margin, p.scale, p.skip)
-    if p.x.is_cuda and HAS_TRITON and p.scale.dtype == torch.float32:
-        from cosup.kernels import row_values as triton  # absent on some platforms
-
-        return triton.row_values(*arguments)
-    return reference.row_values(*arguments)
+        return Kernels(sigmoid_stats, column_stats, sigmoid_grad, scale=scale)
+    return Kernels(tile_stats, column_stats, tile_grad, product_stats, target_dots, row_values, scale)
 
 
 @functools.cache
@@ -544,13 +539,13 @@ def _coefficients(tile_grad, tile: Tensor, dtype: torch.dtype, shift_r, a_r, b_r
     return out if on_gpu else tile.to(dtype)
 
 
-def _accumulator(grad: Tensor | None, n: int, several: bool) -> Tensor | None:
-    """Float32 sums for n rows of a gradient that is made of several parts; None: the gradient itself will do."""
-    if grad is None or not _sums_apart(grad, n, several):
+def _accumulator(grad: Tensor | None, n: int, apart: bool) -> Tensor | None:
+    """Float32 sums for n rows of a 16-bit gradient that wants them apart; None: the gradient itself will do."""
+    if grad is None or not apart or grad.element_size() >= 4:
         return None
     return torch.empty(n, grad.shape[1], dtype=torch.float32, device=grad.device)
 
 
-def _sums_apart(grad: Tensor, n: int, several: bool) -> bool:
-    """Whether n rows of a gradient, of several parts or of one, want sums in a wider dtype than its own."""
-    return grad.element_size() < 4 and (several or n * grad.shape[1] <= FEW.get(grad.device.type, 0))
+def _are_few(n: int, x: Tensor) -> bool:
+    """Whether a gradient of n rows like x's has so few numbers that the device's products round their sums."""
+    return n * x.shape[1] <= FEW.get(x.device.type, -1)

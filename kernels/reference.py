@@ -103,11 +103,12 @@ def tile_stats(
     margin=0.0, limit_R=None, own_R=None
 ):  # fmt: skip
     """Merge a tile into the running statistic of its rows, in place. The tile is left as it is."""
-    features = (col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap, margin, limit_R)
-    z_RS, hit_RS = logits(dot_RS, *features, own_R)
-    rounded_RS = z_RS if own_R is None else logits(dot_RS, *features)[0]
+    features = (col0, target_R, scale, bias_S, row_id_R, col_id_S, softcap)
+    z_RS, hit_RS = logits(dot_RS, *features, margin, limit_R, own_R)
+    exact_RS = logits(dot_RS, *features, 0.0, limit_R, own_R)[0] if margin else z_RS
+    rounded_RS = exact_RS if own_R is None else logits(dot_RS, *features, 0.0, limit_R)[0]
     here_R = hit_RS.any(1)
-    of_target, rounded_R = (torch.where(hit_RS, z + margin * scale, 0.0).sum(1) for z in (z_RS, rounded_RS))
+    of_target, rounded_R = (torch.where(hit_RS, z, 0.0).sum(1) for z in (exact_RS, rounded_RS))
     threshold_R = torch.where(here_R, rounded_R, state.target)
     state.above.add_(((z_RS > threshold_R[:, None]) & ~hit_RS).sum(1))
     state.target.copy_(torch.where(here_R, of_target, state.target))
@@ -182,6 +183,14 @@ def row_values(state: RowState, columns: int, margin: float, scale: Tensor, skip
     found = RowValues(nll_R, state.lse(), state.entropy(), state.soft, state.max, state.sum, above_R,
                       lag_R + state.dot / state.sum)  # fmt: skip
     return found if skip is None else RowValues(*(f.masked_fill_(skip, 0) for f in found))
+
+
+def scale(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor, a number on grad's device that is not rounded to its dtype; nothing where it is known to be 1."""
+    if factor.device.type != "cpu":
+        grad.copy_(grad.to(factor.dtype) * factor)
+    elif factor != 1:
+        grad.mul_(factor)
 
 
 def target_dots(x_RD: Tensor, w_MD: Tensor, target_R: Tensor, col0: int) -> Tensor:

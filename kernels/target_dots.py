@@ -18,7 +18,7 @@ def _target_dots_kernel(x_ptr, stride_x, step_x, w_ptr, stride_w, step_w, target
     here = (own >= 0) & (own < M)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for d0 in range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
+        d = d0 + tl.arange(0, BLOCK_D).to(tl.int64)
         inside = (d < D) & here
         x = tl.load(x_ptr + row * stride_x + d * step_x, inside, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + own * stride_w + d * step_w, inside, other=0.0).to(tl.float32)

@@ -1,8 +1,8 @@
 """Triton: merge a tile of inner products into the running statistic of its rows, or of its columns.
 
-One program owns one row, or a few columns. Each of its lanes keeps a statistic of its own, of the few elements it reads
-at a time; they are joined once, at the end, so that no thread waits for another in the loop. Whole blocks are read
-without a mask, 16 bytes at a time whatever the number of columns.
+One program owns one row, or a few columns of some rows. Each of its lanes keeps a statistic of its own, of the few
+elements it reads at a time; they are joined once, at the end, so that no thread waits for another in the loop. Whole
+blocks are read without a mask, 16 bytes at a time whatever the number of columns.
 
 Formula, names and the meaning of every argument: ``cosup.kernels.reference``. The tile is read once, never written.
 """

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from cosup import gemm, info_nce, linear_cross_entropy, linear_log_prob, ops, sigmoid_loss
 from cosup.bench.measure import peak_bytes
 from cosup.kernels import native
-from cosup.plan import Strategy, plan
+from cosup.plan import Strategy, plan, used
 from cosup.walk import NARROW, cost
 
 BACKENDS = ["reference", *(["native"] if native.AVAILABLE else [])]
@@ -237,16 +237,32 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_few_sums_of_16_bits_are_made_in_float32(reduction, monkeypatch):
-    """A GPU's library splits long sums of few numbers, and joins the parts in the dtype of what it writes."""
+@pytest.mark.parametrize("block_rows, rows, columns", [(40, torch.float32, torch.bfloat16), (24, *2 * [torch.float32])])
+def test_few_sums_of_16_bits_are_made_in_float32(reduction, block_rows, rows, columns, monkeypatch):
+    """A GPU's library splits long sums of few numbers, and joins the parts in the dtype of what it writes. The 800
+    numbers of w are not few here, but in several blocks of rows they are sums of several parts. All of it is counted."""
     monkeypatch.setattr("cosup.walk.FEW", {"cpu": 40 * 16})
     totals, real = [], gemm.add
     monkeypatch.setattr(gemm, "add", lambda total, *a, **k: totals.append(total) or real(total, *a, **k))
+    watch(monkeypatch, block_rows)
     x, w = (torch.randn(n, 16).bfloat16().requires_grad_() for n in (40, 50))
     loss = linear_cross_entropy(x, w, torch.randint(50, (40,)), reduction=reduction, backend="reference")
     loss.sum().backward()
     kinds = {(len(t), t.dtype) for t in totals}
-    assert kinds == {(40, torch.float32), (50, torch.bfloat16)}  # of x and of w: 800 numbers are not few here
+    assert kinds == {(n, rows) for n in {block_rows, 40 - 40 // block_rows * block_rows or 40}} | {(50, columns)}
+    c, bare = (cost(x, "reference", gathered=False)._replace(few=few) for few in (40 * 16, 0))
+    apart = 4 * 16 * (block_rows if rows == torch.float32 else 0)
+    assert used(40, 50, block_rows, 50, c, True) == used(40, 50, block_rows, 50, bare, True) + apart
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_no_rows_give_no_gradient_where_sums_are_apart(reduction, monkeypatch):
+    """The room of the sums holds whatever stood there before."""
+    monkeypatch.setattr("cosup.walk.FEW", {"cpu": 1 << 23})
+    monkeypatch.setattr(torch, "empty", lambda *size, **k: torch.full(size, float("nan"), **k))
+    x, w = torch.zeros(0, 16).bfloat16().requires_grad_(), torch.randn(50, 16).bfloat16().requires_grad_()
+    linear_cross_entropy(x, w, torch.zeros(0, dtype=torch.int64), reduction=reduction).sum().backward()
+    assert x.grad.shape == (0, 16) and (w.grad == 0).all()
 
 
 def watch(monkeypatch, block_rows):

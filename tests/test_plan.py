@@ -18,7 +18,8 @@ costs = st.builds(Cost, strip=st.sampled_from([0, 1 << 20]), features=st.integer
                   product=st.sampled_from([0, 4, 6]), row=st.integers(0, 80),
                   column=st.integers(0, 40), block_row=st.integers(0, 10_000),
                   table_row=st.integers(0, 5_000), query_row=st.integers(0, 5_000),
-                  few=st.sampled_from([0, 1 << 23]), strips_alone=st.booleans())  # fmt: skip
+                  few=st.sampled_from([0, 1 << 23]), second=st.sampled_from([0, 64]),
+                  strips_alone=st.booleans())  # fmt: skip
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6), costs, st.booleans(), st.booleans(), st.integers(0, 1 << 32))
@@ -83,19 +84,29 @@ SHAPES_3U = [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 2048, 151936), 
              (1024, 4096, 128256)]  # fmt: skip
 
 
+@pytest.fixture
+def as_cuda(monkeypatch):
+    """Tensors of the device "meta" are planned for as those of CUDA."""
+    for name in ("LEAST_ROWS", "ROW_STEP", "FEW", "MOST_WORKSPACE"):
+        monkeypatch.setattr(walk, name, {"meta": getattr(walk, name)["cuda"]})
+
+
 @pytest.mark.parametrize("n, d, m", SHAPES_3U)
-def test_published_shapes_take_three_products_by_default(n, d, m):
-    cost = walk.cost(torch.empty(n, d, dtype=torch.bfloat16, device="meta"), "triton", gathered=True)
-    p = plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=walk.MOST_WORKSPACE["cuda"])
+@pytest.mark.parametrize("backend, rank", [("triton", 0), (walk.NARROW, 0), ("triton", 16)])
+def test_published_shapes_take_three_products_by_default(n, d, m, backend, rank, as_cuda):
+    """With an adapter of the head too."""
+    x = torch.empty(n, d, dtype=torch.bfloat16, device="meta")
+    cost = walk.cost(x, backend, gathered=True, more_features=rank)
+    p = plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=walk.MOST_WORKSPACE["meta"])
     assert p.strategy is Strategy.GRADS_IN_FORWARD
 
 
 @pytest.mark.parametrize("n, d, m", [(65536, 4096, 128256), (131072, 2048, 151936)])
 @pytest.mark.parametrize("free", [8 << 30, 80 << 30])
-def test_long_batches_are_not_refused_by_default(n, d, m, free, monkeypatch):
+def test_long_batches_are_not_refused_by_default(n, d, m, free, as_cuda, monkeypatch):
     """The float32 sum of x's gradient alone is over a gigabyte in some plans."""
     monkeypatch.setattr(walk, "_free_bytes", lambda device: free)
-    budget = walk.default_workspace.__wrapped__(torch.device("cuda"))
+    budget = walk.default_workspace.__wrapped__(torch.device("meta"))
     cost = walk.cost(torch.empty(n, d, dtype=torch.bfloat16, device="meta"), "triton", gathered=True)
     room = enough(n, m, cost, True, budget)
     assert plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=room).workspace_bytes <= room

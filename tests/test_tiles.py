@@ -188,7 +188,7 @@ def test_triton_narrows_in_place(dtype, device):
     torch.testing.assert_close(narrow.float(), want, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 4300)], ids=str)  # two whole blocks of the gradient's, and a rest
 @pytest.mark.parametrize("features", FEATURES)
 def test_rounded_tiles_match_the_specification(shape, features, device):
     """16-bit tiles with the targets' products apart: rows, columns, and coefficients in place."""

@@ -239,8 +239,8 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("block_rows, rows, columns", [(40, torch.float32, torch.bfloat16), (24, *2 * [torch.float32])])
 def test_few_sums_of_16_bits_are_made_in_float32(reduction, block_rows, rows, columns, monkeypatch):
-    """A GPU's library splits long sums of few numbers, and joins the parts in the dtype of what it writes. The 800
-    numbers of w are not few here, but in several blocks of rows they are sums of several parts. All of it is counted."""
+    """A GPU's library splits long sums of few numbers, and joins them in the dtype of what it writes. The numbers of
+    w are not few here, but in several blocks of rows they are sums of several parts. All of it is counted."""
     monkeypatch.setattr("cosup.walk.FEW", {"cpu": 40 * 16})
     totals, real = [], gemm.add
     monkeypatch.setattr(gemm, "add", lambda total, *a, **k: totals.append(total) or real(total, *a, **k))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -131,11 +132,24 @@ for on in (False, True):
 """
 
 
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """The program's runs for all targets that are asked, as many at once as there are processors."""
+    asked = [item.callspec.params["target"] for item in request.session.items if item.module is request.module]
+
+    def run(target):
+        folder = tmp_path_factory.mktemp(target.replace(":", ""))
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+        command = [sys.executable, "-c", PROGRAM, target, *TARGETS[target]]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(asked, pool.map(run, asked), strict=True))
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiles_without_spills(target, tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", PROGRAM, target, *TARGETS[target]], env=environment,
-                         capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+def test_compiles_without_spills(target, runs):
+    run = runs[target]
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("spills [") == (54 if "UTMALDG" in TARGETS[target] else 53)
     assert run.stdout.count(TARGETS[target][0]) >= 3

@@ -52,7 +52,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
              return_stats: bool = False, process_group: ProcessGroup | None = None, gather: str = "exact",
              layout: str = "auto", workspace_bytes: int | None = None,
              backend: str = "auto") -> Tensor | tuple[Tensor, RowStats]:  # fmt: skip
-    """Contrastive loss of queries against a pool of candidates; the similarity matrix is never stored whole.
+    """Contrastive loss of queries against a pool of candidates; similarities are made in tiles.
 
         z[n, m] = (<q[n], c[m]> - margin [m == target[n]]) / temperature + candidate_bias[m]
         loss[n] = logsumexp_m z[n, m] - z[n, target[n]]
@@ -233,7 +233,7 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
                  sample_weight: Tensor | None = None, reduction: str = "mean",
                  process_group: ProcessGroup | None = None, gather: str = "exact",
                  workspace_bytes: int | None = None, backend: str = "auto") -> Tensor:  # fmt: skip
-    """Each pair of a query and a candidate by itself: do they belong together? The matrix of pairs is never stored.
+    """Each pair of a query and a candidate by itself: do they belong together? Pairs are made in tiles.
 
         z[n, m] = <q[n], c[m]> / temperature + bias                 q, c of unit length if normalize
         loss[n] = softplus(-z[n, target[n]]) + sum_{m != target[n]} softplus(z[n, m])

@@ -1,4 +1,4 @@
-"""sentence-transformers' MultipleNegativesRankingLoss, its matrix of similarities never stored.
+"""sentence-transformers' MultipleNegativesRankingLoss, its similarities made in tiles within a budget.
 
     loss = mean_n (logsumexp_m scale s(q[n], d[m]) - scale s(q[n], d[n]))        s: cosine or inner product
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cosup import gemm
-from cosup.plan import Plan, Strategy, padded, plan
+from cosup.plan import Plan, padded, plan
 from cosup.walk import NARROW, cost, narrowed, resolve
 
 
@@ -14,11 +14,7 @@ def planned(x_ND: Tensor, rows: int, m: int, workspace_bytes: int, *, scale: flo
     """The plan and the kernels that a mean over so many rows of x takes; ``about``: as of ``cost``."""
     backend = narrowed(resolve("auto", x_ND), x_ND, scale)
     options = {"grads": True, "weights_known": x_ND.dtype != torch.float16, "workspace_bytes": workspace_bytes}
-    found = plan(rows, m, cost(x_ND, backend, **about), **options)
-    if backend == NARROW and found.strategy is Strategy.RECOMPUTE:
-        backend = "triton"
-        found = plan(rows, m, cost(x_ND, backend, **about), **options)
-    return found, backend
+    return plan(rows, m, cost(x_ND, backend, **about), **options), backend
 
 
 def torch_mm(x_ND: Tensor, w_MD: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from cosup.checks import (
     check_targets,
     check_vector,
 )
+from cosup.direct import call
 from cosup.distributed import SumOverRanks, sizes_of_ranks
 from cosup.distributed import gather as gather_rows
 from cosup.positives import POOLS
@@ -173,7 +174,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     pairs, row_id, col_id = None, pool.query_ids, pool.candidate_ids
     if positives is not None:
         if isinstance(positives, str):
-            pairs = ops.pairs_of_ids(row_id, col_id)
+            pairs = call(ops.pairs_of_ids, row_id, col_id)
         else:
             pairs = positives[0], positives[1] + pool.first
         row_id = col_id = None  # where ids say what is positive they leave out nothing
@@ -294,7 +295,7 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
     known = weight if reduction != "none" and pool.query.dtype != torch.float16 and any(need[:2]) else None
     end: Any = (True, need, workspace_bytes, "triton" if backend == "fused" else backend)
     operands = (pool.query, pool.candidates, pool.target, known, scale, shift, pool.query_ids, pool.candidate_ids)
-    loss, *_ = ops.sigmoid_loss(*operands, *end)
+    loss, *_ = call(ops.sigmoid_loss, *operands, *end)
     if known is None:
         loss = weight * loss if reduction == "none" else (weight * loss).sum()
     if process_group is not None and reduction != "none":
@@ -483,7 +484,7 @@ def _others_alike(x: Tensor, ids: Tensor | None, *, scale: Tensor, workspace_byt
     need = torch.is_grad_enabled() and x.requires_grad
     backend = resolve(backend, x)
     backend = "triton" if backend == "fused" else backend  # columns' statistics need the tile
-    lse, entropy, *_ = ops.lse_of_others(x, scale, ids, need, workspace_bytes, backend)
+    lse, entropy, *_ = call(ops.lse_of_others, x, scale, ids, need, workspace_bytes, backend)
     return lse[:, None], entropy.nan_to_num(0.0)[:, None]
 
 

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosup import ring as ring_walk
+from cosup.direct import call, differentiable, operator
 from cosup.distributed import Peers, add_over_ranks, joined, merge_columns, shard, sum_over_ranks
 from cosup.kernels.reference import ColumnState, RowState, RowValues
 from cosup.plan import Strategy, enough, plan, strip_cols, used
 from cosup.positives import Positives
 from cosup.walk import (
-    NARROW,
     Columns,
     Need,
     Problem,
@@ -149,7 +149,7 @@ def _picked(p: Problem, weights: RowWeights) -> RowWeights:
     return weights if skip is None else weights.map(lambda v: v.masked_fill(skip, 0))
 
 
-@torch.library.custom_op("cosup::nll_stats", mutates_args=())
+@operator("cosup::nll_stats")
 def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
               col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None,
               pair_start: Tensor | None, pair_col: Tensor | None, softcap: float, ignore_index: int | None,
@@ -172,12 +172,12 @@ def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor 
     peers = None if ring is None else Peers(ring, len(w), w.device)
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
                  margin, pool, symmetric, workspace_bytes, group, invariant, peers=peers)  # fmt: skip
-    if any(need[:GRADS]):  # a budget that will not do for the backward pass is refused now
-        _plan(p, backend, invariant, grads=True, weights_known=False)
-    blocks = _plan(p, backend, invariant, grads=False, weights_known=False)
+    # the blocks of the backward pass: products of other shapes may round otherwise
+    planned = functools.partial(_plan, backend=backend, invariant=invariant, grads=any(need[:GRADS]),
+                                weights_known=False)  # fmt: skip
+    blocks = planned(p)
     p = _ready(p, blocks, gap, rank)
     if peers is not None:
-        planned = functools.partial(_plan, backend=backend, invariant=False, grads=False, weights_known=False)
         state, columns = ring_walk.statistics(p, peers, planned, backend, rank)
         return _statistics(p, state, columns, rank, backend)  # type: ignore[return-value]
     columns = _columns(p, row_group)
@@ -201,7 +201,7 @@ def _fake_statistics(w, target, scale, pair_col, symmetric):
     return *rows, scale.new_empty(m), scale.new_empty(m), scale.new_empty(0 if pair_col is None else pair_col.shape[0])
 
 
-@torch.library.custom_op("cosup::nll_stats_backward", mutates_args=())
+@operator("cosup::nll_stats_backward")
 def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None, grad_soft: Tensor | None,
                        grad_column: Tensor | None, entropy: Tensor, top: Tensor, total: Tensor, col_top: Tensor,
                        col_total: Tensor, pair_logit: Tensor, x: Tensor, w: Tensor, target: Tensor, scale: Tensor,
@@ -265,7 +265,7 @@ def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, grad_colum
     if any(ctx.need[:GRADS]):
         grad_nll = torch.zeros_like(nll) if grad_nll is None else grad_nll
         options = (*ctx.features, ctx.need, *ctx.end)
-        found = nll_stats_backward(grad_nll, *grads[1:], entropy, top, total, *known, *tensors, *options)
+        found = call(nll_stats_backward, grad_nll, *grads[1:], entropy, top, total, *known, *tensors, *options)
         dx, dw, dbias, dx2, dw2 = (g if wanted else None for g, wanted in zip(found, ctx.need, strict=False))
     if ctx.need[GRADS]:
         if grad_entropy is not None:
@@ -304,10 +304,10 @@ def _scale_grad(v: RowWeights, lse, entropy, excess, soft_logit, of_columns, sca
     return (total / scale).to(scale.dtype)
 
 
-nll_stats.register_autograd(_stats_backward, setup_context=_stats_context)
+differentiable(nll_stats, _stats_backward, _stats_context)
 
 
-@torch.library.custom_op("cosup::loss_and_grads", mutates_args=())
+@operator("cosup::loss_and_grads")
 def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | None, e: Tensor | None,
                    q: Tensor | None, v: Tensor | None, scale: Tensor, bias: Tensor | None, row_id: Tensor | None,
                    col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None,
@@ -322,14 +322,10 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
                  margin, pool, v is not None, workspace_bytes, group, invariant)  # fmt: skip
     # columns' statistics must be merged between two sweeps where ranks hold the rows
     blocks = _plan(p, backend, invariant, grads=True, weights_known=row_group is None)
-    if backend == NARROW and blocks.strategy is Strategy.RECOMPUTE:  # two sweeps would round products apart
-        backend = "triton"
-        blocks = _plan(p, backend, invariant, grads=True, weights_known=row_group is None)
     weights, known, columns = RowWeights(b, c, e, q), None, _columns(p, row_group, v)
     p = _ready(p, blocks, gap, rank)
-    if blocks.strategy is Strategy.RECOMPUTE:
-        first = _plan(p, backend, invariant, grads=False, weights_known=True)
-        known, *_ = walk(p, first, backend, columns=columns, rank=rank)
+    if blocks.strategy is Strategy.RECOMPUTE:  # in the same blocks: products of other shapes may round otherwise
+        known, *_ = walk(p, blocks, backend, columns=columns, rank=rank)
         if columns is not None and row_group is not None:
             merge_columns(columns.state, row_group)
     state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), known=known, columns=columns, rank=rank,
@@ -380,8 +376,8 @@ def _grads_backward(ctx, grad_loss, *_):
         dscale = grad_loss * _scale_grad(RowWeights(b, c, e, q), *statistics, scale, bias, grads[2])
     scaled = (_scaled(g, grad_loss, ctx.backend) if w else None for g, w in zip(grads, ctx.need, strict=False))
     dx, dw, dbias, dx2, dw2 = scaled
-    rows = (nll, lse, -soft_logit, lse.square() / 2, col_nll)
-    dweights = [grad_loss * r if wanted else None for r, wanted in zip(rows, ctx.needs_input_grad[3:8], strict=True)]
+    rows = (lambda: nll, lambda: lse, lambda: -soft_logit, lambda: lse.square() / 2, lambda: col_nll)
+    dweights = [grad_loss * r() if wanted else None for r, wanted in zip(rows, ctx.needs_input_grad[3:8], strict=True)]
     return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *14 * [None]
 
 
@@ -395,10 +391,10 @@ def _scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
     return grad
 
 
-loss_and_grads.register_autograd(_grads_backward, setup_context=_grads_context)
+differentiable(loss_and_grads, _grads_backward, _grads_context)
 
 
-@torch.library.custom_op("cosup::column_values", mutates_args=())
+@operator("cosup::column_values")
 def column_values(vector: Tensor, target: Tensor, group: str | None) -> tuple[Tensor, Tensor, Tensor]:
     """vector[target] [N], the vector's sum and its length, where the vector's parts lie on the ranks of a group.
 
@@ -423,7 +419,7 @@ def _(vector, target, group):
     return vector.new_empty(target.shape), vector.new_empty(()), vector.new_empty(())
 
 
-@torch.library.custom_op("cosup::pairs_of_ids", mutates_args=())
+@operator("cosup::pairs_of_ids")
 def pairs_of_ids(row_id: Tensor, col_id: Tensor) -> tuple[Tensor, Tensor]:
     """start [N + 1] and columns [P]: for each row the columns of its id, ascending. The host waits for P."""
     ids, order = col_id.sort(stable=True)
@@ -459,7 +455,7 @@ def _triangle(x: Tensor, scale: Tensor, ids: Tensor | None, workspace_bytes: int
     return p, blocks._replace(block_rows=rows, strip_cols=strip_cols(rows, blocks.block_cols, c)) if fits else blocks
 
 
-@torch.library.custom_op("cosup::lse_of_others", mutates_args=())
+@operator("cosup::lse_of_others")
 def lse_of_others(x: Tensor, scale: Tensor, ids: Tensor | None, need: bool, workspace_bytes: int | None, backend: str,
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """lse and entropy of each row's logits with all other rows but those of its id, [N]; their maximum and sum."""
@@ -475,7 +471,7 @@ def _(x, scale, *_):
     return tuple(scale.new_empty(x.shape[0]) for _ in range(4))
 
 
-@torch.library.custom_op("cosup::lse_of_others_backward", mutates_args=())
+@operator("cosup::lse_of_others_backward")
 def lse_of_others_backward(grad: Tensor, top: Tensor, total: Tensor, x: Tensor, scale: Tensor, ids: Tensor | None,
                            workspace_bytes: int | None, backend: str) -> Tensor:  # fmt: skip
     """Gradient of x, as a row and as a column."""
@@ -507,15 +503,15 @@ def _others_backward(ctx, grad, *_):
     if grad is None:
         return 6 * (None,)
     x, scale, ids, lse, entropy, top, total = ctx.saved_tensors
-    dx = lse_of_others_backward(grad, top, total, x, scale, ids, *ctx.end) if ctx.needs_input_grad[0] else None
+    dx = call(lse_of_others_backward, grad, top, total, x, scale, ids, *ctx.end) if ctx.needs_input_grad[0] else None
     dscale = _times(grad, lse - entropy).sum(dtype=torch.float64) / scale if ctx.needs_input_grad[1] else None
     return dx, None if dscale is None else dscale.to(scale.dtype), *4 * [None]
 
 
-lse_of_others.register_autograd(_others_backward, setup_context=_others_context)
+differentiable(lse_of_others, _others_backward, _others_context)
 
 
-@torch.library.custom_op("cosup::sigmoid_loss", mutates_args=())
+@operator("cosup::sigmoid_loss")
 def sigmoid_loss(x: Tensor, w: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, bias: Tensor,
                  row_id: Tensor | None, col_id: Tensor | None, sums: bool, need: list[bool],
                  workspace_bytes: int | None, backend: str,
@@ -564,7 +560,7 @@ def _sigmoid_backward(ctx, grad, *_):
         of_rows = grad
         if any(ctx.need[:2]):
             end = (False, ctx.need, ctx.workspace_bytes, ctx.backend)
-            *_, dx, dw = sigmoid_loss(x, w, target, grad, scale, bias, row_id, col_id, *end)
+            *_, dx, dw = call(sigmoid_loss, x, w, target, grad, scale, bias, row_id, col_id, *end)
     else:
         of_rows, dweight = grad * weight, grad * rows
         dx, dw = (_scaled(g, grad, ctx.backend) for g in (dx, dw))
@@ -576,4 +572,4 @@ def _sigmoid_backward(ctx, grad, *_):
     return dx, dw, None, dweight, dscale, dbias, *6 * [None]
 
 
-sigmoid_loss.register_autograd(_sigmoid_backward, setup_context=_sigmoid_context)
+differentiable(sigmoid_loss, _sigmoid_backward, _sigmoid_context)

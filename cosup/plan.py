@@ -143,9 +143,10 @@ def strip_cols(rows: int, cols: int, cost: Cost) -> int:
 
 
 def padded(cols: int) -> int:
-    """Columns with those that make rows start on 64 bytes, though never a multiple of the cache's stride apart."""
+    """Columns with those that make rows start on 64 bytes, though never a multiple of the cache's stride apart: then
+    128 bytes more, a line of a GPU's cache, even in 16 bits."""
     parts = -(-cols // ALIGN)
-    return ALIGN * (parts + (parts % 64 == 0))
+    return ALIGN * (parts + 4 * (parts % 64 == 0))
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:

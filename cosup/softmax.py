@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cosup import ops
 from cosup.checks import check_call
+from cosup.direct import call
 from cosup.walk import RowWeights, narrowed, resolve
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
         weight, valid = F.pad(weight, padding), F.pad(valid, padding)
     weights, soft, divisor = _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group)
     if reduction == "mean":
-        divisor = torch.where(divisor == 0, 1.0, divisor)
+        divisor = divisor.masked_fill(divisor == 0, 1.0)
         weights = weights.map(lambda v: v / divisor)
     of_columns = None
     if symmetric:  # half of each direction
@@ -87,20 +88,20 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
     options: Any = (softcap, ignore_index, margin, gap, pool)
     end: Any = (rank, need, workspace_bytes, backend, group, batch_invariant, row_group)
     if known and any(need[:-1]):
-        loss, nll, lse, entropy, _, _, _, _, above, *_ = ops.loss_and_grads(
-            x, w, target, weights.b, weights.c, weights.e, weights.q, of_columns, scale, bias, row_id, col_id, soft, x2,
-            w2, pair_start, pair_col, *options, *end,
+        loss, nll, lse, entropy, _, _, _, _, above, *_ = call(
+            ops.loss_and_grads, x, w, target, weights.b, weights.c, weights.e, weights.q, of_columns, scale, bias,
+            row_id, col_id, soft, x2, w2, pair_start, pair_col, *options, *end,
         )  # fmt: skip
     else:
-        nll, lse, entropy, soft_logit, col_nll, _, _, above, *_ = ops.nll_stats(
-            x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, *options, symmetric, *end,
-            ring,
+        nll, lse, entropy, soft_logit, col_nll, _, _, above, *_ = call(
+            ops.nll_stats, x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, *options,
+            symmetric, *end, ring,
         )
         loss = ops.row_losses(weights, nll, lse, soft_logit, of_columns, col_nll)
         loss = loss[:n] if reduction == "none" else loss.sum()
     nll, lse, entropy, above, valid = (t[:n] for t in (nll, lse, entropy, above, valid))
     place = (above.long() + 1) * valid if rank else above[:0].long()
-    return loss, RowStats(nll, lse, -nll, entropy, place, (place == 1) & ~nll[: len(place)].isnan())
+    return loss, RowStats(nll, lse, -nll, entropy, place, (place == 1) & ~nll.isnan() if rank else place.bool())
 
 
 def _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group):
@@ -109,7 +110,7 @@ def _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, 
     b, c, e, soft = weight, None, None, None
     if class_weight is not None or label_smoothing:
         columns = weight.new_ones(w.shape[0]) if class_weight is None else class_weight.detach().to(weight.dtype)
-        own, total, count = ops.column_values(columns, target, group)
+        own, total, count = call(ops.column_values, columns, target, group)
         b = weight * own.masked_fill(~valid, 0.0)  # an ignored target may have met a weight of inf
     divisor = b.sum()
     if label_smoothing:

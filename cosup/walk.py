@@ -33,7 +33,7 @@ from cosup.positives import Positives, host_reads
 
 _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
 BACKENDS = ("auto", "reference", "native", "triton", "fused")
-NARROW = "triton-16bit"  # Triton's kernels on tiles of the operands' own dtype, for gradients made in the same sweep
+NARROW = "triton-16bit"  # Triton's kernels on tiles of the operands' own dtype
 NARROW_SCALE = 33.4  # where it may be taken: a temperature of 0.03
 FREE_SHARE = 16  # of the free memory a workspace takes one part, where none is given
 LEAST_WORKSPACE, MOST_WORKSPACE = 16 << 20, {"cpu": 256 << 20, "cuda": 4 << 30}  # bytes, where none is given
@@ -147,8 +147,6 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
     before = state
     state = known or state or RowState.empty(n, p.scale)
     fused = plan.merged_cols > 1  # no logits: their products are merged as they are made
-    if rank and known is None and before is None and (fused or plan.block_cols < m or p.shard is not None):
-        state.target.copy_(_target_logits(p, plan))
     at_once = known is not None or p.sigmoid  # strips become gradients while the cache holds them
     whole = (weights is not None and not p.sigmoid) or rank or fused  # else all strips go through the same memory
     rows, cols = min(plan.block_rows, n), plan.block_cols if whole else plan.strip_cols
@@ -160,6 +158,8 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
     if backend == NARROW:
         assert p.rows is None and p.x2 is None
         p = p._replace(own=kernels.target_dots(p.x, p.w, p.target, p.col0))
+    if rank and known is None and before is None and (fused or plan.block_cols < m or p.shard is not None):
+        state.target.copy_(_target_logits(p, plan))
     if weights is not None:
         assert at_once or (plan.block_cols >= m and (columns is None or plan.block_rows >= n))
         weights = weights.map(lambda v: v * p.scale)  # the chain from u = scale * dot to dot
@@ -458,7 +458,8 @@ def _target_logits(p: Problem, plan: Plan, *, scaled_only: bool = False) -> Tens
             product_RD = _take(p, x, r).to(p.scale.dtype) * w[target_r]
             # raised by what a GEMM may round otherwise: an equal logit must not count as above
             raised_r = product_RD.sum(1) + 4 * torch.finfo(p.scale.dtype).eps * product_RD.abs().sum(1)
-            dot_r += raised_r if x.is_cuda or plan.merged_cols > 1 else raised_r.to(x.dtype)  # rounded as products are
+            wide = (x.is_cuda and p.own is None) or plan.merged_cols > 1
+            dot_r += raised_r if wide else raised_r.to(x.dtype)  # rounded as products are
         u_r = dot_r * p.scale
         if p.bias is not None and not scaled_only:
             u_r += p.bias[target_r]
@@ -526,7 +527,7 @@ def _row_coefficients(v: RowWeights, state: RowState) -> tuple[Tensor, Tensor, T
 
 def _over(weight: Tensor, total: Tensor) -> Tensor:
     """weight / total; 0 in an ignored row, which has neither."""
-    return torch.where(weight == 0, 0.0, weight / total)
+    return (weight / total).masked_fill_(weight == 0, 0.0)
 
 
 def _coefficients(tile_grad, tile: Tensor, dtype: torch.dtype, shift_r, a_r, b_r, features, of_pairs) -> Tensor:

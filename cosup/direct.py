@@ -45,6 +45,4 @@ def call(op: Any, *arguments: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    if not isinstance(value, Tensor):
-        return True
-    return not value.is_meta and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return not isinstance(value, Tensor) or type(value).__torch_dispatch__ is Tensor.__torch_dispatch__

@@ -464,7 +464,7 @@ BUGS = [
     Bug("16-bit tiles: ranks by the exact logit", STATS, "tl.sum(rounded, 0)", "tl.sum(z, 0)", TILES + " -k rounded"),
     Bug("16-bit tiles: columns by the rounded target", STATS, "        dot = tl.where(hit, tl.load(own_ptr", "        tl.where(hit, tl.load(own_ptr", TILES + " -k rounded"),
     Bug("direct: a dispatch mode is not asked", "cosup/direct.py", "or _len_torch_dispatch_stack() > 0", "", OPS + " -k dispatcher"),
-    Bug("direct: meta tensors are multiplied", "cosup/direct.py", "return not value.is_meta and", "return", OPS + " -k dispatcher"),
+    Bug("direct: a traced tensor is multiplied", "cosup/direct.py", "or type(value).__torch_dispatch__ is Tensor.__torch_dispatch__", "or True", OPS + " -k dispatcher"),
     Bug("direct: never", "cosup/direct.py", "if seen or not all", "if seen or all", OPS + " -k dispatcher"),
     Bug("two sweeps: the first in larger blocks", "cosup/ops.py", "known, *_ = walk(p, blocks, backend, columns", "known, *_ = walk(p, _plan(p, backend, invariant, False, True), backend, columns", OPS + " -k two_sweeps"),
     Bug("two sweeps: statistics in larger blocks", "cosup/ops.py", "invariant=invariant, grads=any(need[:GRADS]),", "invariant=invariant, grads=False,", OPS + " -k two_sweeps"),

@@ -1,7 +1,8 @@
 """Matrix products by the vendor's libraries, into memory that the engine owns. Operands are never widened.
 
-On CUDA: cuBLAS, 16-bit operands into float32. On a CPU: oneDNN for 16-bit operands, which torch cannot multiply into
-float32, and for float32 ones where AVX-512 runs, which MKL uses on one vendor's processors only; else torch.mm.
+On CUDA: cuBLAS, 16-bit operands into float32; Triton where the device alone knows how many rows count. On a CPU:
+oneDNN for 16-bit operands, which torch cannot multiply into float32, and for float32 ones where AVX-512 runs, which MKL
+uses on one vendor's processors only; else torch.mm.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ def returns_product(x: Tensor) -> bool:
     return x.device.type == "cpu" and (x.element_size() < 4 or _by_onednn(x))
 
 
-def dots(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b.T; ``out`` may be wider than the operands."""
-    if _by_onednn(a):
+def dots(a: Tensor, b: Tensor, out: Tensor, *, rows: Tensor | None = None) -> None:
+    """out = a @ b.T; ``out`` may be wider than the operands. ``rows``: so many are asked, see :func:`counted`."""
+    if rows is not None:
+        counted(a, b.mT, out, rows, of_rows=True)
+    elif _by_onednn(a):
         _add_onednn(out, a, b.mT, first=True)
     elif returns_product(a):
         out.copy_(a @ b.mT)
@@ -29,9 +32,14 @@ def dots(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b.mT, out=out)
 
 
-def add(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total = a @ b if ``first``, else total += a @ b; partial sums in the dtype of ``total``."""
-    if _by_onednn(a):
+def add(total: Tensor, a: Tensor, b: Tensor, *, first: bool, rows: Tensor | None = None,
+        sums: Tensor | None = None) -> None:  # fmt: skip
+    """total = a @ b if ``first``, else total += a @ b; partial sums in the dtype of ``total``. ``rows``, ``sums``: so
+    many of a's, or so many summands, are asked, see :func:`counted`."""
+    count = rows if sums is None else sums
+    if count is not None:
+        counted(a, b, total, count, of_rows=sums is None, add=not first)
+    elif _by_onednn(a):
         _add_onednn(total, a, b, first=first)
     elif returns_product(a):
         total.copy_(a @ b) if first else total.add_(a @ b)
@@ -39,6 +47,13 @@ def add(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=total.dtype, out=total)
     else:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+
+
+def counted(a: Tensor, b: Tensor, out: Tensor, count: Tensor, **options: bool) -> None:
+    """``kernels.product``: of the rows, or summands, that the device has counted."""
+    from cosup.kernels.product import product  # Triton: absent on some platforms
+
+    product(a, b, out, count, **options)
 
 
 def _add_onednn(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

@@ -29,6 +29,7 @@ from cosup.walk import (
     RowWeights,
     best_positives,
     cost,
+    counted,
     default_workspace,
     limited,
     tile_kernels,
@@ -44,7 +45,7 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
              margin, pool, symmetric, workspace_bytes, group, invariant, pair_logit=None,
              peers: Peers | None = None) -> Problem:  # fmt: skip
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync) and
-    where a row must stay in its place."""
+    where a row must stay in its place; :func:`walk.counted` does better on some devices."""
     budget = default_workspace(x.device) if workspace_bytes is None else workspace_bytes
     part = None if group is None else shard(group, len(w), x.device, budget)
     # else each GEMM would copy its part
@@ -81,8 +82,8 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
 
 def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool):
     picked = p.rows is not None or p.skip is not None
-    c = cost(p.x, backend, gathered=picked, more_features=0 if p.x2 is None else p.x2.shape[1], symmetric=p.symmetric,
-             sigmoid=p.sigmoid)  # fmt: skip
+    c = cost(p.x, backend, gathered=picked, counted=p.count is not None, symmetric=p.symmetric, sigmoid=p.sigmoid,
+             more_features=0 if p.x2 is None else p.x2.shape[1])  # fmt: skip
     m = len(p.w) if p.shard is None else p.shard.widest  # alike on all ranks, and so are the blocks of rows
     n = INVARIANT_ROWS[p.x.device.type] if invariant else len(p.target)
     budget = enough(n, m, c, grads, p.workspace_bytes) if p.any_budget else p.workspace_bytes
@@ -91,7 +92,10 @@ def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known:
 
 def _per_row(p: Problem, state: RowState, backend: str) -> RowValues:
     """What ``nll_stats`` gives, over all N rows; zeros at ignored rows."""
-    values = tile_kernels(backend, p.x).row_values(state, p.columns, p.margin, p.scale, p.skip)
+    evaluate = tile_kernels(backend, p.x).row_values
+    if p.count is not None:
+        return evaluate(state, p.columns, p.margin, p.scale, p.skip, p.rows)
+    values = evaluate(state, p.columns, p.margin, p.scale, p.skip)
     if p.positives is not None:  # from the pooled logit to the mean by the positives' own softmax
         entropy = p.positives.entropy()
         values.excess.add_(entropy if p.skip is None else entropy.masked_fill(p.skip, 0))
@@ -143,7 +147,7 @@ def _columns(p: Problem, row_group: str | None, weight: Tensor | None = None, to
 
 def _picked(p: Problem, weights: RowWeights) -> RowWeights:
     """Weights of the rows to visit, 0 in those to skip."""
-    if p.rows is not None:
+    if p.rows is not None:  # where they are counted those of the others are not read
         return weights.map(lambda v: v[p.rows])
     skip = p.skip
     return weights if skip is None else weights.map(lambda v: v.masked_fill(skip, 0))
@@ -175,6 +179,7 @@ def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor 
     # the blocks of the backward pass: products of other shapes may round otherwise
     planned = functools.partial(_plan, backend=backend, invariant=invariant, grads=any(need[:GRADS]),
                                 weights_known=False)  # fmt: skip
+    p = p if invariant else counted(p, backend)
     blocks = planned(p)
     p = _ready(p, blocks, gap, rank)
     if peers is not None:
@@ -215,6 +220,7 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
     peers = None if ring is None else Peers(ring, len(w), w.device)
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
                  margin, pool, symmetric, workspace_bytes, group, invariant, pair_logit, peers)  # fmt: skip
+    p = p if invariant else counted(p, backend)
     planned = functools.partial(_plan, backend=backend, invariant=invariant, grads=True, weights_known=False)
     blocks = planned(p)
     p = _ready(p, blocks, gap, rank=False)
@@ -320,6 +326,7 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
     ``v`` [N]: weights of the targets' columns among the rows; None: no statistic of columns."""
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
                  margin, pool, v is not None, workspace_bytes, group, invariant)  # fmt: skip
+    p = p if invariant else counted(p, backend)
     # columns' statistics must be merged between two sweeps where ranks hold the rows
     blocks = _plan(p, backend, invariant, grads=True, weights_known=row_group is None)
     weights, known, columns = RowWeights(b, c, e, q), None, _columns(p, row_group, v)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cosup.kernels.product import ROWS_AT_ONCE
 from cosup.kernels.tile_stats import exp, target_logit, tile_logits
 
 BLOCK_BYTES, WARPS, UNROLL = 16, 8, 2  # that a thread reads at once; blocks in flight
@@ -54,22 +55,29 @@ def _coefficients(dot_ptr, out_ptr, shift, a, b, z_own, chain_own, row, s, S, hi
 @triton.jit
 def _grad_kernel(dot_ptr, stride_R, out_ptr, out_stride_R, shift_ptr, a_ptr, b_ptr, target_ptr, scale_ptr,
                  bias_ptr, row_id_ptr, col_id_ptr, col0, S, softcap, soft_ptr, margin, limit_ptr, own_ptr, e_ptr, h_ptr,
-                 col_shift_ptr, col_a_ptr, HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr,
-                 HAS_SOFT: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_OWN: tl.constexpr, HAS_H: tl.constexpr,
-                 HAS_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+                 col_shift_ptr, col_a_ptr, count_ptr, HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr,
+                 HAS_CAP: tl.constexpr, HAS_SOFT: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_OWN: tl.constexpr,
+                 HAS_H: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_COUNT: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
+                 BLOCK: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    beyond = False
+    if HAS_COUNT:
+        count = tl.load(count_ptr)
+        if row >= tl.cdiv(count, ROWS_AT_ONCE) * ROWS_AT_ONCE:
+            return
+        beyond = row >= count
     dot_ptr += row * stride_R
     out_ptr += row * out_stride_R
     scale = tl.load(scale_ptr)
     shift = tl.load(shift_ptr + row)
     a = tl.load(a_ptr + row)
     b = tl.load(b_ptr + row)
-    idle = (a == 0) & (b == 0)
+    idle = ((a == 0) & (b == 0)) | beyond
     e = 0.0
     h = 0.0
     if HAS_SOFT:
         e = tl.load(e_ptr + row)
-        idle = idle & (e == 0)
+        idle = (idle & (e == 0)) | beyond
     if HAS_H:
         h = tl.load(h_ptr + row)
     target = tl.load(target_ptr + row)
@@ -100,7 +108,9 @@ def _grad_kernel(dot_ptr, stride_R, out_ptr, out_stride_R, shift_ptr, a_ptr, b_p
 
 def tile_grad(dot_RS: Tensor, out_RS: Tensor, shift_R, a_R, b_R, col0, target_R, scale, bias_S=None, row_id_R=None,
               col_id_S=None, softcap=0.0, soft_S=None, margin=0.0, limit_R=None, own_R=None, e_R=None, h_R=None,
-              col_shift_S=None, col_a_S=None):  # fmt: skip
+              col_shift_S=None, col_a_S=None, count=None):  # fmt: skip
+    """``count``: int32 scalar on the device, rows from there on are 0, up to a multiple of ROWS_AT_ONCE; from there on
+    they are left alone."""
     R, S = dot_RS.shape
     if R == 0 or S == 0:
         return
@@ -113,8 +123,10 @@ def tile_grad(dot_RS: Tensor, out_RS: Tensor, shift_R, a_R, b_R, col0, target_R,
             unused if limit_R is None else limit_R, unused if own_R is None else own_R,
             unused if e_R is None else e_R, unused if h_R is None else h_R,
             unused if col_shift_S is None else col_shift_S, unused if col_a_S is None else col_a_S,
+            unused if count is None else count,
             HAS_BIAS=bias_S is not None, HAS_ID=row_id_R is not None, HAS_CAP=bool(softcap),
             HAS_SOFT=soft_S is not None, HAS_LIMIT=limit_R is not None, HAS_OWN=own_R is not None,
-            HAS_H=h_R is not None, HAS_COLUMNS=col_a_S is not None,
+            HAS_H=h_R is not None, HAS_COLUMNS=col_a_S is not None, HAS_COUNT=count is not None,
+            ROWS_AT_ONCE=ROWS_AT_ONCE,
             BLOCK=32 * WARPS * BLOCK_BYTES // dot_RS.element_size(), UNROLL=UNROLL, num_warps=WARPS,
         )  # fmt: skip

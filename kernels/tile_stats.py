@@ -130,10 +130,13 @@ def _merged(top, total, dot, more_top, more_total, more_dot):
 @triton.jit
 def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_ptr, softdot_ptr, above_ptr, target_ptr,
                   scale_ptr, bias_ptr, row_id_ptr, col_id_ptr, col0, S, softcap, soft_ptr, margin, limit_ptr, own_ptr,
-                  HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SOFT: tl.constexpr,
-                  HAS_LIMIT: tl.constexpr, HAS_OWN: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-                  UNROLL: tl.constexpr):  # fmt: skip
+                  count_ptr, HAS_BIAS: tl.constexpr, HAS_ID: tl.constexpr, HAS_CAP: tl.constexpr,
+                  HAS_SOFT: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_OWN: tl.constexpr, HAS_COUNT: tl.constexpr,
+                  LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if HAS_COUNT:
+        if row >= tl.load(count_ptr):
+            return
     dot_ptr += row * stride_R
     scale = tl.load(scale_ptr)
     target = tl.load(target_ptr + row)
@@ -192,7 +195,8 @@ def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_pt
 
 
 def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=None, row_id_R=None, col_id_S=None,
-               softcap=0.0, soft_S=None, margin=0.0, limit_R=None, own_R=None):  # fmt: skip
+               softcap=0.0, soft_S=None, margin=0.0, limit_R=None, own_R=None, count=None):  # fmt: skip
+    """``count``: int32 scalar on the device, rows from there on are left alone."""
     R, S = dot_RS.shape
     if R == 0 or S == 0:
         return
@@ -203,9 +207,10 @@ def tile_stats(dot_RS: Tensor, state: RowState, col0, target_R, scale, bias_S=No
             scale,
             unused if bias_S is None else bias_S, unused if row_id_R is None else row_id_R,
             unused if col_id_S is None else col_id_S, col0, S, softcap, unused if soft_S is None else soft_S, margin,
-            unused if limit_R is None else limit_R, unused if own_R is None else own_R, HAS_BIAS=bias_S is not None,
-            HAS_ID=row_id_R is not None, HAS_CAP=bool(softcap), HAS_SOFT=soft_S is not None,
-            HAS_LIMIT=limit_R is not None, HAS_OWN=own_R is not None, LANES=LANES, VEC=16 // dot_RS.element_size(),
+            unused if limit_R is None else limit_R, unused if own_R is None else own_R,
+            unused if count is None else count, HAS_BIAS=bias_S is not None, HAS_ID=row_id_R is not None,
+            HAS_CAP=bool(softcap), HAS_SOFT=soft_S is not None, HAS_LIMIT=limit_R is not None,
+            HAS_OWN=own_R is not None, HAS_COUNT=count is not None, LANES=LANES, VEC=16 // dot_RS.element_size(),
             UNROLL=UNROLL, num_warps=LANES // 32,
         )  # fmt: skip
 

@@ -1,0 +1,163 @@
+"""Rows to skip, counted on the device: ordered, gathered, multiplied and put back as if the host had picked the others."""
+
+import pytest
+import torch
+
+from cosup import linear_cross_entropy, ops, walk
+from cosup.kernels.product import ROWS_AT_ONCE, NARROW, WIDE, describable, product, tile_for
+from cosup.kernels.rows import gather, order, put
+from cosup.plan import Strategy
+
+triton = pytest.importorskip("triton")
+
+
+def skipped(n, share, device):
+    return torch.rand(n, device=device) < share
+
+
+@pytest.mark.parametrize("n", [1, 300, 5000])
+@pytest.mark.parametrize("share", [0, 0.6, 1])
+def test_order(n, share, device):
+    skip = skipped(n, share, device)
+    rows, count = order(skip)
+    assert count == (~skip).sum()
+    assert torch.equal(rows, torch.cat([(~skip).nonzero(), skip.nonzero()]).squeeze(1))
+
+
+@pytest.mark.parametrize("share", [0, 0.6, 1])
+@pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
+def test_gather_and_put(share, layout, device):
+    x = torch.randn(300, 40, device=device).half()
+    x = x.mT.contiguous().mT if layout == "columns" else x[:, ::2] if layout == "strided" else x
+    skip = skipped(300, share, device)
+    x[skip] = float("nan")
+    rows, count = order(skip)
+    found, n = gather(x, rows, count), int(count)
+    assert torch.equal(found[:n], x[rows[:n]])
+    assert not found[n : -(-n // ROWS_AT_ONCE) * ROWS_AT_ONCE].any()
+    back = torch.full_like(x, 7.0, memory_format=torch.contiguous_format)
+    put(found.float(), rows, count, back)
+    assert torch.equal(back, x.masked_fill(skip[:, None], 0.0))
+
+
+@pytest.mark.parametrize("count", [0, 1, 128, 200, 300])
+@pytest.mark.parametrize("of_rows, a_layout, b_layout, out_dtype, add", [
+    (True, "rows", "columns", torch.float16, False), (True, "rows", "rows", torch.float32, True),
+    (False, "columns", "rows", torch.float16, False), (False, "columns", "columns", torch.float32, True),
+])  # fmt: skip
+def test_product(count, of_rows, a_layout, b_layout, out_dtype, add, device):
+    """Each element as exact as a float32 sum; rows beyond the last tile, and what is not counted, are left alone."""
+    m, n, k = (300, 72, 40) if of_rows else (40, 72, 304)
+    a, b = torch.randn(m, k, device=device).half(), torch.randn(k, n, device=device).half()
+    if of_rows:
+        a[count:] = 0
+    else:
+        a[:, count:], b[count:] = 0, 0
+        a[:, -(-count // ROWS_AT_ONCE) * ROWS_AT_ONCE :] = float("nan")
+    a = a.mT.contiguous().mT if a_layout == "columns" else a
+    b = b.mT.contiguous().mT if b_layout == "columns" else b
+    room = torch.full((m, n + 8), 5.0, device=device, dtype=out_dtype)
+    product(a, b, room[:, :n], torch.tensor(count, dtype=torch.int32, device=device), of_rows=of_rows, add=add)
+    rows = -(-count // ROWS_AT_ONCE) * ROWS_AT_ONCE if of_rows else m
+    kept = slice(None) if of_rows else slice(0, count)
+    true = a[:rows, kept].double() @ b[kept].double() + 5 * add
+    worst = a[:rows, kept].double().abs() @ b[kept].double().abs() + 5 * add
+    error = (room[:rows, :n].double() - true).abs()
+    unit = torch.finfo(out_dtype).eps / 2
+    assert (error <= unit * true.abs() + k**0.5 * torch.finfo(torch.float32).eps * worst).all()
+    assert (room[:, n:] == 5).all() and (room[rows:] == 5).all()
+
+
+def test_tiles_leave_no_processor_idle():
+    assert tile_for(8192, 4096, 132) == tile_for(2048, 4096, 132) == WIDE
+    assert tile_for(8192, 768, 132) == NARROW  # 192 wide tiles in two rounds, 384 narrow ones in three
+
+
+def test_what_can_be_described(device):
+    w = torch.zeros(64, 40, device=device).half()
+    assert describable(w) and describable(w.mT) and describable(w[:, 8:16])
+    assert not any(map(describable, (w[:, 1:9], w[:, ::2], w[:0], torch.zeros(64, 41, device=device).half())))
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """Rows of a CPU's tensors are counted too, and few ones."""
+    real = ops._problem
+    # "invariant": rows to skip stay in their place, as on CUDA
+    monkeypatch.setattr(ops, "_problem", lambda *a, **k: real(*a[:19], True, *a[20:], **k))
+    monkeypatch.setattr(walk, "LEAST_COUNTED", 1)
+    counts, count = [], walk.counted
+
+    def watched(p, backend):
+        p = count(p, backend)
+        counts.append(p.count)
+        return p
+
+    monkeypatch.setattr(ops, "counted", watched)
+    return counts
+
+
+PLANS = {"one block": {}, "blocks": {"block_rows": 130},
+         "slabs": {"strategy": Strategy.RECOMPUTE, "block_rows": 130, "block_cols": 48, "strip_cols": 48}}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend, rows, share", [
+    *((backend, rows, 0.5) for backend in ("triton", walk.NARROW) for rows in PLANS),
+    (walk.NARROW, "blocks", 0), (walk.NARROW, "blocks", 1), ("triton", "slabs", 1),
+])  # fmt: skip
+def test_gradients_in_forward(backend, rows, share, counting, device, monkeypatch):
+    """Loss, statistics and gradients against float64, at most twice the error of plain PyTorch's 16 bits."""
+    n, m, d = 260, 104, 24
+    x, w = torch.randn(n, d, device=device).half(), torch.randn(m, d, device=device).half()
+    target = torch.randint(m, (n,), device=device)
+    target[skipped(n, share, device)] = -100
+    target[7] = -100
+    real = ops.plan
+    monkeypatch.setattr(ops, "plan", lambda *a, **k: real(*a, **k)._replace(**PLANS[rows]))
+    weight, one = (target >= 0).float(), torch.ones((), device=device)
+    smooth, soft = 0.1 * weight / m, torch.rand(m, device=device)
+    filthy = x.masked_fill((target < 0)[:, None], float("nan"))
+    p = [t.clone().requires_grad_() for t in (filthy, w)]
+    options = (0.0, -100, 0.0, None, "", True, [True, True] + 4 * [False], 1 << 20, backend, None, False, None)
+    features = (one, None, None, None, soft, *4 * [None])
+    found = ops.loss_and_grads(*p, target, weight, None, smooth, None, None, *features, *options)
+    ours = [found[0].detach(), *torch.autograd.grad(found[0], p)]
+    assert counting[0] == (target >= 0).sum()
+
+    def plain(x, w):
+        p = [t.requires_grad_() for t in (x, w)]
+        z = (p[0] @ p[1].mT).to(torch.promote_types(x.dtype, torch.float32))
+        z = z.masked_fill((target < 0)[:, None], 0.0)
+        loss = torch.nn.functional.cross_entropy(z, target, reduction="sum") - (smooth[:, None] * soft * z).sum()
+        return [loss.detach(), *torch.autograd.grad(loss, p)], z.detach()
+
+    true, z = plain(x.double(), w.double())
+    theirs, _ = plain(x.clone(), w.clone())
+    for a, b, t in zip(ours, theirs, true, strict=True):
+        assert (a.double() - t).norm() <= 2 * (b.double() - t).norm() + 1e-6 * t.norm()
+    nll, lse, entropy, _, _, _, _, above, *_ = found[1:]
+    kept = target >= 0
+    log_p = z.log_softmax(1)
+    expected = (-log_p.gather(1, target.clamp(min=0)[:, None])[:, 0], z.logsumexp(1), -(log_p.exp() * log_p).sum(1))
+    for got, want in zip((nll, lse, entropy), expected, strict=True):
+        torch.testing.assert_close(got.double(), want.masked_fill(~kept, 0.0), rtol=0, atol=0.02)
+    assert not above[~kept].any() and (above[kept] <= m - 1).all()
+    assert not ours[1][~kept].any()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_it_is_the_same_loss(reduction, counting, device, monkeypatch):
+    """float16 waits for its upstream gradient: bits apart, what it is where the rows stay in their place."""
+    x, w = torch.randn(200, 24, device=device).half(), torch.randn(72, 24, device=device).half()
+    target = torch.randint(72, (200,), device=device).masked_fill_(skipped(200, 0.5, device), -100)
+    found = []
+    for least in (1, 1 << 30):
+        monkeypatch.setattr(walk, "LEAST_COUNTED", least)
+        p = [t.clone().requires_grad_() for t in (x, w)]
+        loss, stats = linear_cross_entropy(*p, target, reduction=reduction, logit_softcap=5.0, z_loss=0.01,
+                                           return_stats=True, backend="triton")  # fmt: skip
+        up = torch.linspace(0.5, 2, loss.numel(), device=device).view(loss.shape)
+        found.append([loss.detach(), *stats, *torch.autograd.grad(loss, p, up)])
+    assert counting[0] is not None and counting[-1] is None
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)

@@ -56,7 +56,7 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         absent |= {name: "takes one candidate to a query" for name in others if name in square}
         others = {name: loss for name, loss in others.items() if name not in absent}
     scale = 1 / args.temperature
-    blocks, backend = planned(query, n, m, workspace, scale=scale, gathered=False, symmetric=args.symmetric)
+    blocks, backend = planned(query, candidates, n, workspace, scale=scale, gathered=False, symmetric=args.symmetric)
     print(f"plan: {blocks}, {backend}")
     sweeps = 1 if blocks.strategy is Strategy.GRADS_IN_FORWARD else 2
     count = {1: "three", 2: "four"}[sweeps]

@@ -72,8 +72,9 @@ def _run(x: Tensor, w: Tensor, target: Tensor, args: argparse.Namespace, device:
 
     # a CPU picks the rows that are not ignored; CUDA masks, whether or not there are any
     rows = int((target != IGNORED).sum()) if device == "cpu" else n
-    ours, backend = planned(x, rows, v, workspace, scale=1.0, gathered=device == "cuda" or rows < n)
-    whole, _ = planned(x, n, v, workspace, scale=1.0, gathered=device == "cuda")
+    on_gpu = device == "cuda"
+    ours, backend = planned(x, w, rows, workspace, scale=1.0, ignores=on_gpu, gathered=on_gpu or rows < n)
+    whole, _ = planned(x, w, n, workspace, scale=1.0, ignores=on_gpu, gathered=on_gpu)
     print(f"plan: {ours}, {backend}")
     products = {  # of all rows, ignored or not
         "three torch.mm": lambda: torch_mm(x, w, n if device == "cuda" else whole.block_rows),

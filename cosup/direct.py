@@ -35,7 +35,8 @@ def differentiable(op: Any, backward: Callable, setup_context: Callable) -> None
         return output
 
     fields = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    _DIRECT[op] = type(op._name, (torch.autograd.Function,), fields).apply
+    made: Any = type(op._name, (torch.autograd.Function,), fields)
+    _DIRECT[op] = made.apply
 
 
 def call(op: Any, *arguments: Any) -> Any:

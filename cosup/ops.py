@@ -20,20 +20,24 @@ from cosup import ring as ring_walk
 from cosup.direct import call, differentiable, operator
 from cosup.distributed import Peers, add_over_ranks, joined, merge_columns, shard, sum_over_ranks
 from cosup.kernels.reference import ColumnState, RowState, RowValues
-from cosup.plan import Strategy, enough, plan, strip_cols, used
+from cosup.plan import Plan, Strategy, enough, plan, strip_cols, used
 from cosup.positives import Positives
 from cosup.walk import (
+    TRITON,
     Columns,
     Need,
     Problem,
     RowWeights,
     best_positives,
     cost,
+    countable,
     counted,
     default_workspace,
     limited,
+    rows_kernels,
     tile_kernels,
     walk,
+    worth_counting,
 )
 
 STATS = 13  # what the operators give of rows and columns: see nll_stats
@@ -42,7 +46,7 @@ GRADS = len(Need._fields)  # ``need`` of an operator says which of these are ask
 
 
 def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
-             margin, pool, symmetric, workspace_bytes, group, invariant, pair_logit=None,
+             margin, pool, symmetric, workspace_bytes, backend, group, invariant, pair_logit=None,
              peers: Peers | None = None) -> Problem:  # fmt: skip
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync) and
     where a row must stay in its place; :func:`walk.counted` does better on some devices."""
@@ -63,10 +67,15 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
                 positives=positives, col0=col0, columns=m, shard=part,
                 workspace_bytes=budget if part is None else part.workspace_bytes,
                 any_budget=workspace_bytes is None and part is None)  # fmt: skip
+    on_cpu = x.device.type == "cpu"
+    if not on_cpu and ignore_index is not None and backend in TRITON:
+        target, skip, good = rows_kernels().look_up(target, ignore_index, m)
+        torch._assert_async(good, f"target must be in [0, {m})")
+        return p._replace(target=target, skip=skip)
     skip = None if ignore_index is None else target == ignore_index
     good = (target >= 0) & (target < m)
     good = good if skip is None else good | skip
-    if x.device.type == "cpu":
+    if on_cpu:
         if not good.all():
             row = int(good.logical_not().nonzero()[0])
             raise IndexError(f"target must be in [0, {m}), got {int(target[row])} in row {row}")
@@ -80,9 +89,9 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
     return p if skip is None else p._replace(target=target.masked_fill(skip, -1), skip=skip)
 
 
-def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool):
+def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool, counted: bool = False) -> Plan:
     picked = p.rows is not None or p.skip is not None
-    c = cost(p.x, backend, gathered=picked, counted=p.count is not None, symmetric=p.symmetric, sigmoid=p.sigmoid,
+    c = cost(p.x, backend, gathered=picked, counted=counted, symmetric=p.symmetric, sigmoid=p.sigmoid,
              more_features=0 if p.x2 is None else p.x2.shape[1])  # fmt: skip
     m = len(p.w) if p.shard is None else p.shard.widest  # alike on all ranks, and so are the blocks of rows
     n = INVARIANT_ROWS[p.x.device.type] if invariant else len(p.target)
@@ -90,11 +99,22 @@ def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known:
     return plan(n, m, c, grads=grads, weights_known=weights_known, workspace_bytes=budget)
 
 
+def _planned(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool) -> tuple[Problem, Plan]:
+    """The problem, with rows to skip counted where that is possible and its blocks are worth it; and its blocks."""
+    # what bias, adapters, ranks, columns and positives sum over the rows is not counted
+    others = p.bias is not None or p.x2 is not None or p.shard is not None or p.positives is not None or p.symmetric
+    if not (invariant or others or p.skip is None) and countable(p.x, p.w, backend):
+        blocks = _plan(p, backend, invariant, grads, weights_known, counted=True)
+        if worth_counting(blocks, p.x.shape[1]):
+            return counted(p), blocks
+    return p, _plan(p, backend, invariant, grads, weights_known)
+
+
 def _per_row(p: Problem, state: RowState, backend: str) -> RowValues:
     """What ``nll_stats`` gives, over all N rows; zeros at ignored rows."""
     evaluate = tile_kernels(backend, p.x).row_values
-    if p.count is not None:
-        return evaluate(state, p.columns, p.margin, p.scale, p.skip, p.rows)
+    if p.kept is not None:
+        return evaluate(state, p.columns, p.margin, p.scale, None, p.rows, p.kept)
     values = evaluate(state, p.columns, p.margin, p.scale, p.skip)
     if p.positives is not None:  # from the pooled logit to the mean by the positives' own softmax
         entropy = p.positives.entropy()
@@ -175,14 +195,12 @@ def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor 
     """
     peers = None if ring is None else Peers(ring, len(w), w.device)
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
-                 margin, pool, symmetric, workspace_bytes, group, invariant, peers=peers)  # fmt: skip
-    # the blocks of the backward pass: products of other shapes may round otherwise
-    planned = functools.partial(_plan, backend=backend, invariant=invariant, grads=any(need[:GRADS]),
-                                weights_known=False)  # fmt: skip
-    p = p if invariant else counted(p, backend)
-    blocks = planned(p)
+                 margin, pool, symmetric, workspace_bytes, backend, group, invariant, peers=peers)  # fmt: skip
+    grads = any(need[:GRADS])  # in the blocks of the backward pass: products of other shapes may round otherwise
+    p, blocks = _planned(p, backend, invariant, grads, weights_known=False)
     p = _ready(p, blocks, gap, rank)
     if peers is not None:
+        planned = functools.partial(_plan, backend=backend, invariant=False, grads=grads, weights_known=False)
         state, columns = ring_walk.statistics(p, peers, planned, backend, rank)
         return _statistics(p, state, columns, rank, backend)  # type: ignore[return-value]
     columns = _columns(p, row_group)
@@ -219,10 +237,8 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
     """dx, dw, dbias, dx2, dw2 for upstream gradients of what ``nll_stats`` gives; empty where not needed."""
     peers = None if ring is None else Peers(ring, len(w), w.device)
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
-                 margin, pool, symmetric, workspace_bytes, group, invariant, pair_logit, peers)  # fmt: skip
-    p = p if invariant else counted(p, backend)
-    planned = functools.partial(_plan, backend=backend, invariant=invariant, grads=True, weights_known=False)
-    blocks = planned(p)
+                 margin, pool, symmetric, workspace_bytes, backend, group, invariant, pair_logit, peers)  # fmt: skip
+    p, blocks = _planned(p, backend, invariant, grads=True, weights_known=False)
     p = _ready(p, blocks, gap, rank=False)
     soft_weight = None if grad_soft is None else -grad_soft
     weights = _picked(p, RowWeights(grad_nll, grad_lse, soft_weight, None, grad_entropy))
@@ -236,6 +252,7 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
     if peers is None:
         _, *grads = walk(p, blocks, backend, **asked)
     else:
+        planned = functools.partial(_plan, backend=backend, invariant=False, grads=True, weights_known=False)
         grads = [*ring_walk.gradients(p, peers, planned, backend, **asked), None, None]
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
@@ -325,10 +342,9 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
     """The sum of :func:`row_losses`, what ``nll_stats`` gives, the sum's gradients as ``nll_stats_backward`` does.
     ``v`` [N]: weights of the targets' columns among the rows; None: no statistic of columns."""
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
-                 margin, pool, v is not None, workspace_bytes, group, invariant)  # fmt: skip
-    p = p if invariant else counted(p, backend)
+                 margin, pool, v is not None, workspace_bytes, backend, group, invariant)  # fmt: skip
     # columns' statistics must be merged between two sweeps where ranks hold the rows
-    blocks = _plan(p, backend, invariant, grads=True, weights_known=row_group is None)
+    p, blocks = _planned(p, backend, invariant, grads=True, weights_known=row_group is None)
     weights, known, columns = RowWeights(b, c, e, q), None, _columns(p, row_group, v)
     p = _ready(p, blocks, gap, rank)
     if blocks.strategy is Strategy.RECOMPUTE:  # in the same blocks: products of other shapes may round otherwise
@@ -528,7 +544,7 @@ def sigmoid_loss(x: Tensor, w: Tensor, target: Tensor, weight: Tensor | None, sc
     With ``weight`` [N] the loss is sum_n weight[n] rows[n], and dx, dw are its gradients, from the same sweep. Without,
     the loss is [N], rows is empty, dx, dw come in the backward pass. ``need``: of x, w, scale or bias.
     """
-    options: Any = (*5 * [None], 0.0, None, 0.0, "", False, workspace_bytes, None, False)
+    options: Any = (*5 * [None], 0.0, None, 0.0, "", False, workspace_bytes, backend, None, False)
     p = _problem(x, w, target, scale, bias.expand(len(w)), row_id, col_id, *options)._replace(sigmoid=True)
     weights = None if weight is None else RowWeights(weight)
     if weights is None and any(need[:2]):  # a budget that will not do for the backward pass is refused now
@@ -537,9 +553,10 @@ def sigmoid_loss(x: Tensor, w: Tensor, target: Tensor, weight: Tensor | None, sc
     known, asked = None if sums else RowState.empty(len(x), scale), Need() if weights is None else Need(*need[:2])
     state, dx, dw, *_ = walk(p, blocks, backend, known=known, weights=weights, need=asked)
     dx, dw = (x.new_empty(0) if g is None else g for g in (dx, dw))
+    total, dot, soft = (field.clone() for field in (state.sum, state.dot, state.soft))  # apart
     if weight is None:
-        return state.sum, scale.new_empty(0), state.dot, state.soft, dx, dw
-    return (weight * state.sum).sum(), state.sum, state.dot, state.soft, dx, dw
+        return total, scale.new_empty(0), dot, soft, dx, dw
+    return (weight * total).sum(), total, dot, soft, dx, dw
 
 
 @sigmoid_loss.register_fake

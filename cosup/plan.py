@@ -54,6 +54,7 @@ class Cost(NamedTuple):
     row: int  # per row of the whole problem: statistics, coefficients, row numbers
     column: int  # per column of it: their statistics; 0 where those of rows are enough
     block_row: int  # per row of a block: gathered or masked operands
+    put_row: int  # the same, of blocks of whole rows: their part of x's gradient, before it is put back
     table_row: int  # per table row of a slab: float32 sum of its gradient, where that is kept apart
     query_row: int  # the same per row: of the whole problem with several slabs, else of a block with several strips
     few: int = 0  # not bytes: numbers of a gradient up to which its product alone is summed apart, in float32
@@ -126,6 +127,7 @@ def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
     if grads and cols < m:
         total += n * cost.query_row
     elif grads:
+        total += rows * cost.put_row
         total += rows * cost.query_row if strip < cols else _apart(rows, cost)
     return total
 

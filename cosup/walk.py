@@ -35,6 +35,7 @@ from cosup.positives import Positives, host_reads
 _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
 BACKENDS = ("auto", "reference", "native", "triton", "fused")
 NARROW = "triton-16bit"  # Triton's kernels on tiles of the operands' own dtype
+TRITON = ("triton", NARROW)
 NARROW_SCALE = 33.4  # where it may be taken: a temperature of 0.03
 FREE_SHARE = 16  # of the free memory a workspace takes one part, where none is given
 LEAST_WORKSPACE, MOST_WORKSPACE = 16 << 20, {"cpu": 256 << 20, "cuda": 4 << 30}  # bytes, where none is given
@@ -47,7 +48,7 @@ ROW_STEP = {"cuda": 256}  # rows of a block: whole tiles of the vendor's product
 # Numbers of a 16-bit gradient up to which its product is summed in float32 apart: where a GPU has few tiles to make,
 # cuBLAS splits their long sums among processors and joins the parts in 16 bits.
 FEW = {"cuda": 1 << 23}
-LEAST_COUNTED = 1024  # rows
+COUNTED_ROWS, COUNTED_PRODUCT = 2048, 1 << 37  # rows of a block, multiplications of its product: `worth_counting`
 STRIP = 1 << 20  # elements multiplied at once on a CPU: about what its cache holds
 COLUMN_PARTS = 8  # of ``tile_stats.MOST_PARTS``
 FUSED_COLUMNS, FUSED_FIELDS = 128, 5  # of ``product_stats``: columns that share one statistic, and what that takes
@@ -72,8 +73,8 @@ class Problem(NamedTuple):
     sigmoid: bool = False  # each pair's own loss: gradients need no statistic
     triangle: bool = False  # w is x: each pair of different rows is visited once, where its column is the later one
     rows: Tensor | None = None  # [n <= N] int64, the rows to visit; None: all of them
-    skip: Tensor | None = None  # [n] bool, rows visited whose contents must not matter; None: none
-    count: Tensor | None = None  # int32 scalar: so many of ``rows``, which are all, come before those to skip
+    skip: Tensor | None = None  # [N] bool, rows visited whose contents must not matter; None: none
+    kept: Tensor | None = None  # int32 scalar: so many of ``rows``, which are all, come before those to skip
     positives: Positives | None = None  # of which rows have several; their target then has no part in the gradient
     col0: int = 0  # first of w's columns among those of all ranks,
     columns: int = 0  # of which there are so many
@@ -159,7 +160,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
     tile_dtype = p.x.dtype if backend == NARROW else p.scale.dtype
     tile_buffer = torch.empty(rows, cols * (FUSED_FIELDS if fused else 1), dtype=tile_dtype, device=p.x.device)
     if backend == NARROW:
-        assert (p.rows is None or p.count is not None) and p.x2 is None
+        assert (p.rows is None or p.kept is not None) and p.x2 is None
         p = p._replace(own=kernels.target_dots(p.x, p.w, p.target, p.col0, p.rows))
     if rank and known is None and before is None and (fused or plan.block_cols < m or p.shard is not None):
         state.target.copy_(_target_logits(p, plan))
@@ -176,7 +177,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
         for r in _spans(0, n, plan.block_rows):
             for product in products:
                 product.start_block(r)
-            counts = {} if p.count is None else {"count": products[0].count}
+            counts = {} if products[0].kept is None else {"count": products[0].kept}
             coefficients = None
             positives = None if p.positives is None else p.positives.block(r)
             if weights is not None and at_once:
@@ -239,7 +240,7 @@ class _Product:
         self.p, self.x, self.w = p, x, w
         n, m = len(p.target), len(w)
         idle = n == 0 or m == 0
-        new_x = torch.zeros_like if idle or (p.rows is not None and p.count is None) else torch.empty_like
+        new_x = torch.zeros_like if idle or (p.rows is not None and p.kept is None) else torch.empty_like
         self.dx = new_x(x, **_CONTIGUOUS) if need_x else None
         self.dw = (torch.zeros_like if idle else torch.empty_like)(w, **_CONTIGUOUS) if need_w else None
         self.several_rows, several_cols = plan.block_rows < n, plan.block_cols < m
@@ -259,11 +260,11 @@ class _Product:
         self.r = r
         self.x_r, self.dx_r = self.x[:0], None  # as above
         self.x_r = _take(self.p, self.x, r)
-        self.count = _count(self.p, r)
+        self.kept = _kept(self.p, r)
 
     def dots(self, c: slice, tile: Tensor, *, first: bool) -> None:
         if first:
-            gemm.dots(self.x_r, self.w[c], tile, rows=self.count)
+            gemm.dots(self.x_r, self.w[c], tile, rows=self.kept)
         else:
             gemm.add(tile, self.x_r, self.w[c].mT, first=False)
 
@@ -273,19 +274,19 @@ class _Product:
             if self.dx_r is None:
                 self.dx_r, self.apart = self._rows_total(self.dx)
             fresh = not self.dx_before and c.start == (self.s.start if self.apart else 0)
-            gemm.add(self.dx_r, coef, self.w[c], first=fresh, rows=self.count)
+            gemm.add(self.dx_r, coef, self.w[c], first=fresh, rows=self.kept)
         if self.dw is not None:
             first = self.s.start
             total = self.dw[c] if self.dw_sum is None else self.dw_sum[c.start - first : c.stop - first]
-            gemm.add(total, coef.mT, self.x_r, first=self.r.start == 0, sums=self.count)
+            gemm.add(total, coef.mT, self.x_r, first=self.r.start == 0, sums=self.kept)
 
     def end_block(self) -> None:
         last = self.s.stop == len(self.w)
         if self.dx is not None and self.dx_r is not None and (self.apart or (self.dx_sum is not None and last)):
             if self.p.rows is None:
                 self.dx[self.r].copy_(self.dx_r)
-            elif self.count is not None:
-                rows_kernels().put(self.dx_r, self.p.rows[self.r], self.count, self.dx)
+            elif self.kept is not None:
+                rows_kernels().put(self.dx_r, self.p.rows[self.r], self.kept, self.dx)
             else:
                 self.dx.index_add_(0, self.p.rows[self.r], self.dx_r.to(self.dx.dtype))
 
@@ -299,7 +300,7 @@ class _Product:
             return self.dx_sum[self.r], False
         if self.p.rows is None and not (self.rows_apart and dx.element_size() < 4):
             return dx[self.r], False
-        dtype = dx.dtype if self.count is not None and not self.rows_apart else self.p.scale.dtype
+        dtype = dx.dtype if self.kept is not None and not self.rows_apart else self.p.scale.dtype
         return torch.empty(self.r.stop - self.r.start, dx.shape[1], dtype=dtype, device=dx.device), True
 
 
@@ -330,7 +331,8 @@ def cost(x: Tensor, backend: str, *, gathered: bool, counted: bool = False, more
         row=5 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets, or their logits, and row numbers
         # ColumnState; weights and their coefficients; parts of the statistic, which a GPU joins
         column=6 * wide + (0 if on_cpu else 3 * wide * COLUMN_PARTS) if symmetric else wide * sigmoid,
-        block_row=(d * item + (d * item if item >= 4 or counted else 0)) * gathered,
+        block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
+        put_row=d * item if counted else 0,
         table_row=sums,
         query_row=sums,
         few=few * d // max(1, d - more_features),  # as the first product counts them
@@ -450,41 +452,41 @@ def _features(p: Problem, r: slice, c: slice):
 
 
 def _take(p: Problem, x: Tensor, r: slice) -> Tensor:
-    count = _count(p, r)
+    kept = _kept(p, r)
     if p.rows is not None:
-        return x[p.rows[r]] if count is None else rows_kernels().gather(x, p.rows[r], count)
+        return x[p.rows[r]] if kept is None else rows_kernels().gather(x, p.rows[r], kept)
     if p.skip is not None:
         return x[r].masked_fill(p.skip[r, None], 0.0)
     return x[r]
 
 
-def _count(p: Problem, r: slice) -> Tensor | None:
+def _kept(p: Problem, r: slice) -> Tensor | None:
     """How many of the rows r come before those to skip, where the device has counted."""
-    if p.count is None or (r.start == 0 and r.stop == len(p.target)):
-        return p.count
-    return (p.count - r.start).clamp_(0, r.stop - r.start)
+    if p.kept is None or (r.start == 0 and r.stop == len(p.target)):
+        return p.kept
+    return (p.kept - r.start).clamp_(0, r.stop - r.start)
 
 
-def counted(p: Problem, backend: str) -> Problem:
-    """With rows to skip behind the others, where products can stop at a number that the host does not know."""
-    if p.skip is None or not countable(p.x, p.w, len(p.target), backend):
-        return p
-    if p.positives is not None or any(v is not None for v in (p.bias, p.x2, p.shard)) or p.symmetric:
-        return p  # what these sum over the rows is not counted
-    rows, count = rows_kernels().order(p.skip)
-    target, skip, row_id = (None if v is None else v[rows] for v in (p.target, p.skip, p.row_id))
-    return p._replace(rows=rows, count=count, target=target, skip=skip, row_id=row_id)
+def counted(p: Problem) -> Problem:
+    """With rows to skip behind the others, where products stop at a number that the host does not know."""
+    assert p.skip is not None
+    rows, target, kept = rows_kernels().order(p.skip, p.target)
+    row_id = None if p.row_id is None else p.row_id[rows]
+    return p._replace(rows=rows, kept=kept, target=target, skip=None, row_id=row_id)
 
 
-def countable(x: Tensor, w: Tensor, n: int, backend: str) -> bool:
-    """Whether :func:`counted` may count n rows: on Hopper, where those products are as quick as the vendor's, unless
-    they have few rows."""
-    if n < LEAST_COUNTED or backend not in ("triton", NARROW) or x.element_size() != 2:
+def countable(x: Tensor, w: Tensor, backend: str) -> bool:
+    """Whether rows may be :func:`counted`: on Hopper, where those products are as quick as the vendor's."""
+    if backend not in TRITON or x.element_size() != 2 or x.shape[1] % 8:
         return False
     from cosup.kernels.product import describable  # Triton: absent on some platforms
 
-    aligned = x.shape[1] % 8 == 0 and describable(w)
-    return aligned and (INTERPRETED or torch.cuda.get_device_capability(x.device) == (9, 0))
+    return describable(w) and (INTERPRETED or torch.cuda.get_device_capability(x.device) == (9, 0))
+
+
+def worth_counting(plan: Plan, features: int) -> bool:
+    """Whether the device takes longer for a block's product than the host to start it, and few rows lose nothing."""
+    return plan.block_rows >= COUNTED_ROWS and plan.block_rows * plan.block_cols * features >= COUNTED_PRODUCT
 
 
 def rows_kernels() -> Any:

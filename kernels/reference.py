@@ -40,9 +40,11 @@ class RowState(NamedTuple):
     @classmethod
     def empty(cls, n: int, like: Tensor) -> RowState:
         dtype = torch.promote_types(like.dtype, torch.float32)
-        fills = (float("-inf"), 0.0, 0.0, float("nan"), 0.0)
-        top, total, dot, target, soft = (torch.full((n,), v, dtype=dtype, device=like.device) for v in fills)
-        return cls(top, total, dot, target, soft, torch.zeros(n, dtype=torch.int32, device=like.device))
+        fields = torch.zeros(6, n, dtype=dtype, device=like.device)  # in one room: each would be a launch
+        top, total, dot, target, soft, above = fields
+        top.fill_(float("-inf"))
+        target.fill_(float("nan"))
+        return cls(top, total, dot, target, soft, above.view(torch.int32)[:n])
 
     def rows(self, r: slice) -> RowState:
         return RowState(*(field[r] for field in self))
@@ -173,14 +175,15 @@ def tile_grad(
 
 
 def row_values(state: RowState, columns: int, margin: float, scale: Tensor, skip: Tensor | None) -> RowValues:
-    """What a statistic over so many columns says: of rows to skip, zeros. ``state`` is used up.
+    """What a statistic over so many columns says: of rows to skip, zeros.
 
         nll = lse - (target - margin * scale), with the two large numbers subtracted before the small ones are added
     """
     lag_R = (state.max - state.target) + margin * scale
     nll_R = state.sum.log() + lag_R
     above_R = torch.where(nll_R.isnan(), columns - 1, state.above)  # none is above a NaN: such a row is last, not first
-    found = RowValues(nll_R, state.lse(), state.entropy(), state.soft, state.max, state.sum, above_R,
+    soft_R, top_R, total_R = (field.clone() for field in (state.soft, state.max, state.sum))  # apart from each other
+    found = RowValues(nll_R, state.lse(), state.entropy(), soft_R, top_R, total_R, above_R,
                       lag_R + state.dot / state.sum)  # fmt: skip
     return found if skip is None else RowValues(*(f.masked_fill_(skip, 0) for f in found))
 

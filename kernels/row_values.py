@@ -17,8 +17,8 @@ BLOCK = 256  # rows of a program
 
 @triton.jit
 def _row_values_kernel(max_ptr, sum_ptr, dot_ptr, target_ptr, soft_ptr, above_ptr, log_ptr, scale_ptr, skip_ptr,
-                       rows_ptr, nll_out, lse_out, entropy_out, soft_out, max_out, sum_out, above_out, excess_out,
-                       margin, columns, N, HAS_SKIP: tl.constexpr, HAS_ROWS: tl.constexpr,
+                       rows_ptr, count_ptr, nll_out, lse_out, entropy_out, soft_out, max_out, sum_out, above_out,
+                       excess_out, margin, columns, N, HAS_SKIP: tl.constexpr, HAS_ROWS: tl.constexpr,
                        BLOCK: tl.constexpr):  # fmt: skip
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
@@ -29,6 +29,8 @@ def _row_values_kernel(max_ptr, sum_ptr, dot_ptr, target_ptr, soft_ptr, above_pt
     lag = (top - tl.load(target_ptr + n, inside, other=0.0)) + margin * tl.load(scale_ptr)
     nll = log + lag
     skip = tl.load(skip_ptr + n, inside, other=0) != 0 if HAS_SKIP else n < 0
+    if HAS_ROWS:
+        skip = n >= tl.load(count_ptr)
     above = tl.load(above_ptr + n, inside, other=0)
     above = tl.where(nll != nll, columns - 1, above)
     place = tl.load(rows_ptr + n, inside, other=0) if HAS_ROWS else n
@@ -43,16 +45,17 @@ def _row_values_kernel(max_ptr, sum_ptr, dot_ptr, target_ptr, soft_ptr, above_pt
 
 
 def row_values(state: RowState, columns: int, margin: float, scale: Tensor, skip: Tensor | None,
-               rows: Tensor | None = None) -> RowValues:  # fmt: skip
-    """``rows``: where each row's values go, all of them."""
+               rows: Tensor | None = None, count: Tensor | None = None) -> RowValues:  # fmt: skip
+    """``rows``: where each row's values go, all of them; ``count``: of those before the rows to skip."""
     log = state.sum.log()  # torch's own: that of Triton is not exact near 1
     values = RowValues(*(torch.empty_like(state.above if name == "above" else log) for name in RowValues._fields))
     N = len(log)
+    unused = state.above  # a pointer that a kernel without the feature never reads
     if N:
         with torch.cuda.device_of(log):  # the launch goes to the current device
             _row_values_kernel[(triton.cdiv(N, BLOCK),)](
-                *state, log, scale, state.above if skip is None else skip.view(torch.uint8),
-                state.above if rows is None else rows, *values, margin, columns, N, HAS_SKIP=skip is not None,
-                HAS_ROWS=rows is not None, BLOCK=BLOCK, num_warps=4,
+                *state, log, scale, unused if skip is None else skip.view(torch.uint8),
+                unused if rows is None else rows, unused if count is None else count, *values, margin, columns, N,
+                HAS_SKIP=skip is not None, HAS_ROWS=rows is not None, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
     return values

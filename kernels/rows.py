@@ -13,7 +13,30 @@ BLOCK_N, BLOCK_D = 2048, 1024  # rows ordered, features moved at once
 
 
 @triton.jit
-def _order_kernel(skip_ptr, rows_ptr, count_ptr, N, BLOCK_N: tl.constexpr):
+def _targets_kernel(target_ptr, out_ptr, skip_ptr, good_ptr, ignore, M, N, BLOCK_N: tl.constexpr):
+    bad = 0
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        target = tl.load(target_ptr + n, n < N, other=ignore)
+        skip = target == ignore
+        bad += tl.sum(((skip == 0) & ((target < 0) | (target >= M))).to(tl.int32), 0)
+        tl.store(out_ptr + n, tl.where(skip, -1, target), n < N)
+        tl.store(skip_ptr + n, skip.to(tl.uint8), n < N)
+    tl.store(good_ptr, tl.where(bad == 0, 1, 0))
+
+
+def look_up(target_N: Tensor, ignore_index: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets, -1 where they are ignored; whether each is; whether all others are in [0, columns)."""
+    found = torch.empty_like(target_N)
+    skip, good = (torch.empty(size, dtype=torch.bool, device=found.device) for size in (found.shape, ()))
+    with torch.cuda.device_of(found):  # the launch goes to the current device
+        _targets_kernel[(1,)](target_N, found, skip.view(torch.uint8), good.view(torch.uint8), ignore_index, columns,
+                              len(found), BLOCK_N=BLOCK_N, num_warps=8)  # fmt: skip
+    return found, skip, good
+
+
+@triton.jit
+def _order_kernel(skip_ptr, target_ptr, rows_ptr, moved_ptr, count_ptr, N, BLOCK_N: tl.constexpr):
     kept = 0
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
@@ -27,18 +50,20 @@ def _order_kernel(skip_ptr, rows_ptr, count_ptr, N, BLOCK_N: tl.constexpr):
         leave = (n < N).to(tl.int32) - keep
         place = tl.where(keep != 0, first + tl.cumsum(keep, 0), last + tl.cumsum(leave, 0)) - 1
         tl.store(rows_ptr + place, n.to(tl.int64), n < N)
+        tl.store(moved_ptr + place, tl.load(target_ptr + n, n < N, other=-1), n < N)
         first += tl.sum(keep, 0)
         last += tl.sum(leave, 0)
 
 
-def order(skip_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that are not skipped, in order, then the others: [N] int64; and how many they are: int32 scalar."""
-    N = len(skip_N)
-    rows = torch.empty(N, dtype=torch.int64, device=skip_N.device)
-    count = torch.empty((), dtype=torch.int32, device=skip_N.device)
+def order(skip_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows that are not skipped, in order, then the others: [N] int64; their targets; and how many the first are:
+    int32 scalar."""
+    rows, moved = torch.empty_like(target_N), torch.empty_like(target_N)
+    count = torch.empty((), dtype=torch.int32, device=rows.device)
     with torch.cuda.device_of(rows):  # the launch goes to the current device
-        _order_kernel[(1,)](skip_N.view(torch.uint8), rows, count, N, BLOCK_N=BLOCK_N, num_warps=8)
-    return rows, count
+        _order_kernel[(1,)](skip_N.view(torch.uint8), target_N, rows, moved, count, len(rows), BLOCK_N=BLOCK_N,
+                            num_warps=8)  # fmt: skip
+    return rows, moved, count
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from cosup import walk
 from cosup.plan import Cost, Strategy, enough, plan, used
 
 WIDE = Cost(strip=0, features=768, least_rows=64, row_step=1, merged_cols=1, tile=4, dots=0, coef=0, packed=0,
-            product=0, row=60, column=0, block_row=0, table_row=0, query_row=0)  # fmt: skip
+            product=0, row=60, column=0, block_row=0, put_row=0, table_row=0, query_row=0)  # fmt: skip
 costs = st.builds(Cost, strip=st.sampled_from([0, 1 << 20]), features=st.integers(0, 10_000),
                   least_rows=st.integers(1, 2000), row_step=st.sampled_from([1, 256]),
                   merged_cols=st.sampled_from([1, 128]), tile=st.sampled_from([4, 8]),
@@ -17,6 +17,7 @@ costs = st.builds(Cost, strip=st.sampled_from([0, 1 << 20]), features=st.integer
                   packed=st.sampled_from([0, 4]),
                   product=st.sampled_from([0, 4, 6]), row=st.integers(0, 80),
                   column=st.integers(0, 40), block_row=st.integers(0, 10_000),
+                  put_row=st.integers(0, 5_000),
                   table_row=st.integers(0, 5_000), query_row=st.integers(0, 5_000),
                   few=st.sampled_from([0, 1 << 23]), second=st.sampled_from([0, 64]),
                   strips_alone=st.booleans())  # fmt: skip

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "plan": set(),
-    "gemm": set(),
+    "gemm": {"kernels"},
     "direct": set(),
     "distributed": {"kernels"},
     "positives": set(),

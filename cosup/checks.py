@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -105,6 +108,16 @@ def check_distinct(target: Tensor, m: int) -> None:
     if target.device.type == "cpu" and not torch.compiler.is_compiling() and twice.any():
         raise ValueError(f"{message}, got row {int(twice.nonzero()[0])} for {int(counts.max())} queries")
     torch._assert_async(~twice.any(), message)
+
+
+def as_integer(name: str, value: SupportsIndex) -> int:
+    """An integer of any kind, numpy's too."""
+    if type(value) is int:  # a compiler follows
+        return value
+    try:
+        return operator.index(value if not isinstance(value, bool) else None)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
 
 
 def check_reduction(reduction: str) -> None:

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from torch.overrides import has_torch_function
+from torch.utils import _python_dispatch
+
+_modes: Callable[[], int] | None = getattr(_python_dispatch, "_len_torch_dispatch_stack", None)  # private to torch
 
 _DIRECT: dict[Any, Callable] = {}
 
@@ -35,13 +38,13 @@ def differentiable(op: Any, backward: Callable, setup_context: Callable) -> None
         return output
 
     fields = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    made: Any = type(op._name, (torch.autograd.Function,), fields)
+    made: Any = type(function.__name__, (torch.autograd.Function,), fields)
     _DIRECT[op] = made.apply
 
 
 def call(op: Any, *arguments: Any) -> Any:
-    """op(*arguments); by the dispatcher where a compiler, a dispatch mode or another kind of tensor wants to see it."""
-    seen = torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0
+    """op(*arguments); by the dispatcher where a compiler, a mode or another kind of tensor wants to see it."""
+    seen = torch.compiler.is_compiling() or _modes is None or _modes() > 0 or has_torch_function(arguments)
     return op(*arguments) if seen or not all(map(_is_plain, arguments)) else _DIRECT[op](*arguments)
 
 

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosup.checks import autocast, check_pair, check_positive, check_reduction, check_smoothing, check_vector
+from cosup.checks import (
+    as_integer,
+    autocast,
+    check_pair,
+    check_positive,
+    check_reduction,
+    check_smoothing,
+    check_vector,
+)
 from cosup.contrastive import info_nce
 from cosup.distributed import SumOverRanks
 from cosup.softmax import RowStats, softmax_nll
@@ -108,8 +116,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
     check_smoothing(label_smoothing)
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
-    if ignore_index is None:
-        raise ValueError("ignore_index must be an integer, got None")
+    ignore_index = as_integer("ignore_index", ignore_index)
     if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0:
         raise ValueError(f"shift must be an integer of at least 0, got {shift!r}")
     check_reduction(reduction)
@@ -157,6 +164,7 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
         ValueError, IndexError: As :func:`linear_cross_entropy`.
     """
     check_positive("temperature", temperature)
+    ignore_index = as_integer("ignore_index", ignore_index)
     softcap = None if logit_softcap is None else logit_softcap / temperature
     scale = logit_scale / temperature
     head = _head(input, linear_weight, target, linear_bias, lora, scale, softcap, shift, ignore_index)

@@ -23,6 +23,7 @@ from cosup.kernels.reference import ColumnState, RowState, RowValues
 from cosup.plan import Plan, Strategy, enough, plan, strip_cols, used
 from cosup.positives import Positives
 from cosup.walk import (
+    NARROW,
     TRITON,
     Columns,
     Need,
@@ -344,7 +345,11 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
                  margin, pool, v is not None, workspace_bytes, backend, group, invariant)  # fmt: skip
     # columns' statistics must be merged between two sweeps where ranks hold the rows
-    p, blocks = _planned(p, backend, invariant, grads=True, weights_known=row_group is None)
+    planned = functools.partial(_planned, invariant=invariant, grads=True, weights_known=row_group is None)
+    all_rows, (p, blocks) = p, planned(p, backend)
+    if backend == NARROW and rank and blocks.block_cols < len(w):  # a rank compares the logits of several tiles
+        backend = "triton"
+        p, blocks = planned(all_rows, backend)
     weights, known, columns = RowWeights(b, c, e, q), None, _columns(p, row_group, v)
     p = _ready(p, blocks, gap, rank)
     if blocks.strategy is Strategy.RECOMPUTE:  # in the same blocks: products of other shapes may round otherwise

@@ -127,8 +127,7 @@ def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
     if grads and cols < m:
         total += n * cost.query_row
     elif grads:
-        total += rows * cost.put_row
-        total += rows * cost.query_row if strip < cols else _apart(rows, cost)
+        total += rows * cost.query_row if strip < cols else max(rows * cost.put_row, _apart(rows, cost))
     return total
 
 

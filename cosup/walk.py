@@ -72,9 +72,9 @@ class Problem(NamedTuple):
     symmetric: bool = False  # whether statistics of the columns are asked too
     sigmoid: bool = False  # each pair's own loss: gradients need no statistic
     triangle: bool = False  # w is x: each pair of different rows is visited once, where its column is the later one
-    rows: Tensor | None = None  # [n <= N] int64, the rows to visit; None: all of them
+    rows: Tensor | None = None  # [n <= N] int64, the rows to visit, in this order; None: all of them, as they are
     skip: Tensor | None = None  # [N] bool, rows visited whose contents must not matter; None: none
-    kept: Tensor | None = None  # int32 scalar: so many of ``rows``, which are all, come before those to skip
+    kept: Tensor | None = None  # int32 scalar on the device: ``rows`` are all, and those after so many are skipped
     positives: Positives | None = None  # of which rows have several; their target then has no part in the gradient
     col0: int = 0  # first of w's columns among those of all ranks,
     columns: int = 0  # of which there are so many
@@ -157,13 +157,14 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
     cols = padded(-(-cols // plan.merged_cols))
     if p.positives is not None and not host_reads(p.x):
         cols = padded(cols + 1)  # a spare one for pairs that are elsewhere
+    if rank and known is None and before is None and (fused or plan.block_cols < m or p.shard is not None):
+        assert backend != NARROW  # whose logits must not be compared with exact ones
+        state.target.copy_(_target_logits(p, plan))
     tile_dtype = p.x.dtype if backend == NARROW else p.scale.dtype
     tile_buffer = torch.empty(rows, cols * (FUSED_FIELDS if fused else 1), dtype=tile_dtype, device=p.x.device)
     if backend == NARROW:
         assert (p.rows is None or p.kept is not None) and p.x2 is None
         p = p._replace(own=kernels.target_dots(p.x, p.w, p.target, p.col0, p.rows))
-    if rank and known is None and before is None and (fused or plan.block_cols < m or p.shard is not None):
-        state.target.copy_(_target_logits(p, plan))
     if weights is not None:
         assert at_once or (plan.block_cols >= m and (columns is None or plan.block_rows >= n))
         weights = weights.map(lambda v: v * p.scale)  # the chain from u = scale * dot to dot
@@ -259,8 +260,8 @@ class _Product:
     def start_block(self, r: slice) -> None:
         self.r = r
         self.x_r, self.dx_r = self.x[:0], None  # as above
-        self.x_r = _take(self.p, self.x, r)
         self.kept = _kept(self.p, r)
+        self.x_r = _take(self.p, self.x, r, self.kept)
 
     def dots(self, c: slice, tile: Tensor, *, first: bool) -> None:
         if first:
@@ -328,7 +329,7 @@ def cost(x: Tensor, backend: str, *, gathered: bool, counted: bool = False, more
         coef=product * {torch.bfloat16: 2, torch.float16: 1}.get(x.dtype, 0),  # apart; oneDNN packs bfloat16 ones
         packed=product if item == 4 else 0,  # by oneDNN
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
-        row=5 * wide + 4 + 6 * wide + 16,  # RowState; coefficients; packed targets, or their logits, and row numbers
+        row=6 * wide + 6 * wide + 16,  # RowState; coefficients; packed targets, or their logits, and row numbers
         # ColumnState; weights and their coefficients; parts of the statistic, which a GPU joins
         column=6 * wide + (0 if on_cpu else 3 * wide * COLUMN_PARTS) if symmetric else wide * sigmoid,
         block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
@@ -451,8 +452,7 @@ def _features(p: Problem, r: slice, c: slice):
     return p.col0 + c.start, p.target[r], p.scale, *table, p.margin, _slice(p.limit, r), _slice(p.own, r)
 
 
-def _take(p: Problem, x: Tensor, r: slice) -> Tensor:
-    kept = _kept(p, r)
+def _take(p: Problem, x: Tensor, r: slice, kept: Tensor | None) -> Tensor:
     if p.rows is not None:
         return x[p.rows[r]] if kept is None else rows_kernels().gather(x, p.rows[r], kept)
     if p.skip is not None:
@@ -476,17 +476,22 @@ def counted(p: Problem) -> Problem:
 
 
 def countable(x: Tensor, w: Tensor, backend: str) -> bool:
-    """Whether rows may be :func:`counted`: on Hopper, where those products are as quick as the vendor's."""
+    """Whether rows may be :func:`counted`: on Hopper, where those products are about as quick as the vendor's."""
     if backend not in TRITON or x.element_size() != 2 or x.shape[1] % 8:
         return False
     from cosup.kernels.product import describable  # Triton: absent on some platforms
 
-    return describable(w) and (INTERPRETED or torch.cuda.get_device_capability(x.device) == (9, 0))
+    return describable(w) and (INTERPRETED or _is_hopper(x.device))
 
 
 def worth_counting(plan: Plan, features: int) -> bool:
-    """Whether the device takes longer for a block's product than the host to start it, and few rows lose nothing."""
+    """Whether a block has the rows that those products need to be quick, and takes the device longer than the host."""
     return plan.block_rows >= COUNTED_ROWS and plan.block_rows * plan.block_cols * features >= COUNTED_PRODUCT
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def rows_kernels() -> Any:
@@ -503,10 +508,10 @@ def _target_logits(p: Problem, plan: Plan, *, scaled_only: bool = False) -> Tens
         target_r = (p.target[r] - p.col0).clamp(0, len(p.w) - 1)
         dot_r = torch.zeros_like(logits[r])
         for x, w in operands:
-            product_RD = _take(p, x, r).to(p.scale.dtype) * w[target_r]
+            product_RD = _take(p, x, r, _kept(p, r)).to(p.scale.dtype) * w[target_r]
             # raised by what a GEMM may round otherwise: an equal logit must not count as above
             raised_r = product_RD.sum(1) + 4 * torch.finfo(p.scale.dtype).eps * product_RD.abs().sum(1)
-            wide = (x.is_cuda and p.own is None) or plan.merged_cols > 1
+            wide = x.is_cuda or plan.merged_cols > 1 or p.kept is not None
             dot_r += raised_r if wide else raised_r.to(x.dtype)  # rounded as products are
         u_r = dot_r * p.scale
         if p.bias is not None and not scaled_only:

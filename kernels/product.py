@@ -89,6 +89,7 @@ def product(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, count: Tensor, *, of_row
         count: int32 scalar on the device, at most M or K.
         of_rows: Whether it counts rows, else summands.
     """
+    assert not add or out_MN.dtype == torch.float32
     (M, K), N = a_MK.shape, b_KN.shape[1]
     tile = tile_for(M, N, _processors(a_MK))
     a_in_columns, b_in_columns = (t.stride(1) != 1 for t in (a_MK, b_KN))
@@ -106,7 +107,7 @@ def product(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, count: Tensor, *, of_row
 def describable(t: Tensor) -> bool:
     """Whether a matrix can be read by descriptor: dense rows, or columns, that start on 16 bytes."""
     item = t.element_size()
-    dense = 1 in t.stride() and all(s == 1 or s * item % 16 == 0 for s in t.stride())
+    dense = 1 in t.stride() and all(s == 1 or (s > 0 and s * item % 16 == 0) for s in t.stride())
     return dense and t.data_ptr() % 16 == 0 and t.numel() > 0
 
 

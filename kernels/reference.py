@@ -40,7 +40,8 @@ class RowState(NamedTuple):
     @classmethod
     def empty(cls, n: int, like: Tensor) -> RowState:
         dtype = torch.promote_types(like.dtype, torch.float32)
-        fields = torch.zeros(6, n, dtype=dtype, device=like.device)  # in one room: each would be a launch
+        # in one room, where each would be a launch; all are aligned alike, or kernels would be compiled anew
+        fields = torch.zeros(6, -(-n // 4) * 4, dtype=dtype, device=like.device)[:, :n]
         top, total, dot, target, soft, above = fields
         top.fill_(float("-inf"))
         target.fill_(float("nan"))

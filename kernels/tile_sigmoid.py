@@ -16,7 +16,7 @@ from cosup.kernels.tile_stats import BLOCK_S, WARPS, tile_logits
 
 
 @triton.jit
-def exp(x):
+def exp_of_negative(x):
     """e^x of x <= 0 to the last digits: a GPU's own, exp2(x log2(e)), has the rounding error of its argument."""
     x = tl.where(x < -200.0, -200.0, x)
     n = tl.floor(x * 1.4426950408889634 + 0.5)
@@ -27,7 +27,7 @@ def exp(x):
 @triton.jit
 def sigmoid_softplus(y):
     """sigma(y), and softplus(y) = max(y, 0) + log1p(exp(-|y|)), to the last digits where they are tiny too."""
-    e = exp(-tl.abs(y))
+    e = exp_of_negative(-tl.abs(y))
     s = e / (2.0 + e)  # log1p(e) = 2 atanh(s), a series to s^15
     s2 = s * s
     p = ((2.0 / 15 * s2 + 2.0 / 13) * s2 + 2.0 / 11) * s2 + 2.0 / 9

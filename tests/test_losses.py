@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -630,6 +631,13 @@ def test_modules_call_the_functions():
 
 
 X, W, T = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)
+def test_numbers_of_any_kind(device):
+    x, w, target = torch.randn(5, 3, device=device), torch.randn(7, 3, device=device), torch.arange(5, device=device)
+    want = linear_cross_entropy(x, w, target, ignore_index=3)
+    for index in (np.int64(3), torch.tensor(3)):
+        assert torch.equal(linear_cross_entropy(x, w, target, ignore_index=index), want)
+
+
 BAD_LINEAR = [
     (dict(input=X[:, :2]), r"input \[..., D\] and linear_weight \[M, D\], got \[4, 2\] and \[5, 3\]"),
     (dict(input=X.half()), "one floating dtype, got torch.float16 and torch.float32"),
@@ -652,6 +660,8 @@ BAD_LINEAR = [
     (dict(logit_scale=torch.ones(())), r"logit_scale must be a number, .*, got tensor\(1.\)"),
     (dict(workspace_bytes=1e6), "workspace_bytes must be an integer of at least 0, got 1000000.0"),
     (dict(ignore_index=None), "ignore_index must be an integer, got None"),
+    (dict(ignore_index=1.5), "ignore_index must be an integer, got 1.5"),
+    (dict(ignore_index=True), "ignore_index must be an integer, got True"),
     (dict(reduction="avg"), "reduction must be one of .*, got 'avg'"),
     (dict(logit_scale=0.0), "logit_scale must be a number, positive and finite .*, got 0.0"),
     (dict(logit_softcap=-1.0), "logit_softcap must be a number, positive and finite .*, got -1.0"),

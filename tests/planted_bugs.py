@@ -482,7 +482,7 @@ BUGS = [
     Bug("counted: columns' bias is not", "cosup/ops.py", "others = p.bias is not None or ", "others = ", "tests/test_counted.py -k summed"),
     Bug("plan: a part of the gradient uncounted", "cosup/walk.py", "put_row=d * item if counted else 0", "put_row=0", "tests/test_counted.py -k countable"),
     Bug("counted: ranks of rounded logits", "cosup/ops.py", "if backend == NARROW and rank and blocks.block_cols < len(w):", "if False:", "tests/test_counted.py -k known_weights"),
-    Bug("memory: thresholds beside the tile", "cosup/walk.py", "        state.target.copy_(_target_logits(p, plan))\n", "        room = torch.empty(min(plan.block_rows, n), plan.block_cols, dtype=p.scale.dtype, device=p.x.device)\n        state.target.copy_(_target_logits(p, plan))\n", OPS + " -k peak_memory_is"),
+    Bug("memory: thresholds beside the tile", "cosup/walk.py", "        state.target.copy_(_target_logits(p, plan))\n", "        room = torch.empty(min(plan.block_rows, n), plan.block_cols, dtype=p.scale.dtype, device=p.x.device)\n        state.target.copy_(_target_logits(p, plan))\n", OPS + " -k thresholds"),
     Bug("direct: a tensor's own calls are not asked", "cosup/direct.py", " or has_torch_function(arguments)", "", OPS + " -k dispatcher"),
     Bug("losses: a number of another kind", "cosup/checks.py", "return operator.index(value", "return (lambda v: v)(value", LOSSES + " -k numbers_of_any_kind"),
     Bug("direct: a dispatch mode is not asked", "cosup/direct.py", "or _modes() > 0", "", OPS + " -k dispatcher"),

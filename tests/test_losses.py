@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import cosup
 from cosup import co_supervision_loss, gemm, info_nce, linear_cross_entropy
+from cosup.checks import as_integer
 from cosup.kernels import native
 from cosup.plan import plan, used
 from cosup.walk import cost, resolve
@@ -636,6 +637,7 @@ def test_numbers_of_any_kind(device):
     want = linear_cross_entropy(x, w, target, ignore_index=3)
     for index in (np.int64(3), torch.tensor(3)):
         assert torch.equal(linear_cross_entropy(x, w, target, ignore_index=index), want)
+        assert type(as_integer("index", index)) is int  # as a kernel's argument must be
 
 
 BAD_LINEAR = [

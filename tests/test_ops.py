@@ -147,6 +147,20 @@ def test_reference_path_stays_within_its_budget():
 
 
 @pytest.mark.skipif(not native.AVAILABLE, reason="the reference path holds further tiles")
+def test_thresholds_of_ranks_are_in_the_budget():
+    """Where no gradient is asked the tile fills it: they are made before."""
+    x, w, target = torch.randn(1024, 64), torch.randn(4096, 64), torch.randint(4096, (1024,))
+    budget = 1 << 19
+
+    def run():
+        return linear_cross_entropy(x, w, target, workspace_bytes=budget, return_stats=True)
+
+    run()
+    _, stats = run()
+    assert peak_bytes(run) - sum(t.nbytes for t in stats) < 1.02 * budget
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason="the reference path holds further tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("ignored", [0, 100])
 @pytest.mark.parametrize(
@@ -369,7 +383,7 @@ def test_two_sweeps_multiply_the_same_blocks(reduction, symmetric, monkeypatch):
     shapes, real = [], gemm.dots
     monkeypatch.setattr(gemm, "dots", lambda a, b, out, **k: shapes.append((a.shape, b.shape)) or real(a, b, out))
     q, k = (torch.randn(n, 16, requires_grad=True) for n in (300, 2000))
-    loss, _ = info_nce(q, k, workspace_bytes=400_000, reduction=reduction, symmetric=symmetric, return_stats=True)
+    loss, _ = info_nce(q, k, workspace_bytes=300_000, reduction=reduction, symmetric=symmetric, return_stats=True)
     loss.sum().backward()
     half = len(shapes) // 2
-    assert half > 2 and shapes[:half] == shapes[half:]
+    assert half > 2 and shapes[:half] == shapes[half:]  # for statistics alone blocks would be wider

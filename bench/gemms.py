@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from cosup import gemm
+from cosup.counting import countable, worth_counting
 from cosup.plan import Plan, padded, plan
-from cosup.walk import NARROW, cost, countable, narrowed, resolve, worth_counting
+from cosup.walk import NARROW, cost, narrowed, resolve
 
 
 def planned(x_ND: Tensor, w_MD: Tensor, rows: int, workspace_bytes: int, *, scale: float, ignores: bool = False,

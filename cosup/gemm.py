@@ -18,10 +18,10 @@ def returns_product(x: Tensor) -> bool:
     return x.device.type == "cpu" and (x.element_size() < 4 or _by_onednn(x))
 
 
-def dots(a: Tensor, b: Tensor, out: Tensor, *, rows: Tensor | None = None) -> None:
-    """out = a @ b.T; ``out`` may be wider than the operands. ``rows``: so many are asked, see :func:`counted`."""
-    if rows is not None:
-        counted(a, b.mT, out, rows, of_rows=True)
+def dots(a: Tensor, b: Tensor, out: Tensor, *, count: Tensor | None = None) -> None:
+    """out = a @ b.T; ``out`` may be wider than the operands. ``count``: of a's rows, see ``kernels.product``."""
+    if count is not None:
+        _counted(a, b.mT, out, count, of_rows=True)
     elif _by_onednn(a):
         _add_onednn(out, a, b.mT, first=True)
     elif returns_product(a):
@@ -32,13 +32,12 @@ def dots(a: Tensor, b: Tensor, out: Tensor, *, rows: Tensor | None = None) -> No
         torch.mm(a, b.mT, out=out)
 
 
-def add(total: Tensor, a: Tensor, b: Tensor, *, first: bool, rows: Tensor | None = None,
-        sums: Tensor | None = None) -> None:  # fmt: skip
-    """total = a @ b if ``first``, else total += a @ b; partial sums in the dtype of ``total``. ``rows``, ``sums``: so
-    many of a's, or so many summands, are asked, see :func:`counted`."""
-    count = rows if sums is None else sums
+def add(total: Tensor, a: Tensor, b: Tensor, *, first: bool, count: Tensor | None = None,
+        of_rows: bool = False) -> None:  # fmt: skip
+    """total = a @ b if ``first``, else total += a @ b; partial sums in the dtype of ``total``. ``count``: of a's rows,
+    or of summands, see ``kernels.product``."""
     if count is not None:
-        counted(a, b, total, count, of_rows=sums is None, add=not first)
+        _counted(a, b, total, count, of_rows=of_rows, add=not first)
     elif _by_onednn(a):
         _add_onednn(total, a, b, first=first)
     elif returns_product(a):
@@ -49,8 +48,7 @@ def add(total: Tensor, a: Tensor, b: Tensor, *, first: bool, rows: Tensor | None
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
 
 
-def counted(a: Tensor, b: Tensor, out: Tensor, count: Tensor, **options: bool) -> None:
-    """``kernels.product``: of the rows, or summands, that the device has counted."""
+def _counted(a: Tensor, b: Tensor, out: Tensor, count: Tensor, **options: bool) -> None:
     from cosup.kernels.product import product  # Triton: absent on some platforms
 
     product(a, b, out, count, **options)

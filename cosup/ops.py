@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosup import ring as ring_walk
+from cosup.counting import countable, counted, worth_counting
 from cosup.direct import call, differentiable, operator
 from cosup.distributed import Peers, add_over_ranks, joined, merge_columns, shard, sum_over_ranks
 from cosup.kernels.reference import ColumnState, RowState, RowValues
@@ -31,14 +32,10 @@ from cosup.walk import (
     RowWeights,
     best_positives,
     cost,
-    countable,
-    counted,
     default_workspace,
     limited,
-    rows_kernels,
     tile_kernels,
     walk,
-    worth_counting,
 )
 
 STATS = 13  # what the operators give of rows and columns: see nll_stats
@@ -50,7 +47,7 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
              margin, pool, symmetric, workspace_bytes, backend, group, invariant, pair_logit=None,
              peers: Peers | None = None) -> Problem:  # fmt: skip
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync) and
-    where a row must stay in its place; :func:`walk.counted` does better on some devices."""
+    where a row must stay in its place; ``cosup.counting`` does better on some devices."""
     budget = default_workspace(x.device) if workspace_bytes is None else workspace_bytes
     part = None if group is None else shard(group, len(w), x.device, budget)
     # else each GEMM would copy its part
@@ -70,7 +67,9 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
                 any_budget=workspace_bytes is None and part is None)  # fmt: skip
     on_cpu = x.device.type == "cpu"
     if not on_cpu and ignore_index is not None and backend in TRITON:
-        target, skip, good = rows_kernels().look_up(target, ignore_index, m)
+        from cosup.kernels.rows import look_up  # Triton: absent on some platforms
+
+        target, skip, good = look_up(target, ignore_index, m)
         torch._assert_async(good, f"target must be in [0, {m})")
         return p._replace(target=target, skip=skip)
     skip = None if ignore_index is None else target == ignore_index
@@ -90,9 +89,9 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
     return p if skip is None else p._replace(target=target.masked_fill(skip, -1), skip=skip)
 
 
-def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool, counted: bool = False) -> Plan:
+def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool, counts: bool = False) -> Plan:
     picked = p.rows is not None or p.skip is not None
-    c = cost(p.x, backend, gathered=picked, counted=counted, symmetric=p.symmetric, sigmoid=p.sigmoid,
+    c = cost(p.x, backend, gathered=picked, counted=counts, symmetric=p.symmetric, sigmoid=p.sigmoid,
              more_features=0 if p.x2 is None else p.x2.shape[1])  # fmt: skip
     m = len(p.w) if p.shard is None else p.shard.widest  # alike on all ranks, and so are the blocks of rows
     n = INVARIANT_ROWS[p.x.device.type] if invariant else len(p.target)
@@ -105,7 +104,7 @@ def _planned(p: Problem, backend: str, invariant: bool, grads: bool, weights_kno
     # what bias, adapters, ranks, columns and positives sum over the rows is not counted
     others = p.bias is not None or p.x2 is not None or p.shard is not None or p.positives is not None or p.symmetric
     if not (invariant or others or p.skip is None) and countable(p.x, p.w, backend):
-        blocks = _plan(p, backend, invariant, grads, weights_known, counted=True)
+        blocks = _plan(p, backend, invariant, grads, weights_known, counts=True)
         if worth_counting(blocks, p.x.shape[1]):
             return counted(p), blocks
     return p, _plan(p, backend, invariant, grads, weights_known)

@@ -13,7 +13,6 @@ the vendor's library does the GEMMs. Shape suffixes: N rows, M columns, D featur
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 import re
@@ -48,7 +47,6 @@ ROW_STEP = {"cuda": 256}  # rows of a block: whole tiles of the vendor's product
 # Numbers of a 16-bit gradient up to which its product is summed in float32 apart: where a GPU has few tiles to make,
 # cuBLAS splits their long sums among processors and joins the parts in 16 bits.
 FEW = {"cuda": 1 << 23}
-COUNTED_ROWS, COUNTED_PRODUCT = 2048, 1 << 37  # rows of a block, multiplications of its product: `worth_counting`
 STRIP = 1 << 20  # elements multiplied at once on a CPU: about what its cache holds
 COLUMN_PARTS = 8  # of ``tile_stats.MOST_PARTS``
 FUSED_COLUMNS, FUSED_FIELDS = 128, 5  # of ``product_stats``: columns that share one statistic, and what that takes
@@ -265,7 +263,7 @@ class _Product:
 
     def dots(self, c: slice, tile: Tensor, *, first: bool) -> None:
         if first:
-            gemm.dots(self.x_r, self.w[c], tile, rows=self.kept)
+            gemm.dots(self.x_r, self.w[c], tile, count=self.kept)
         else:
             gemm.add(tile, self.x_r, self.w[c].mT, first=False)
 
@@ -275,11 +273,11 @@ class _Product:
             if self.dx_r is None:
                 self.dx_r, self.apart = self._rows_total(self.dx)
             fresh = not self.dx_before and c.start == (self.s.start if self.apart else 0)
-            gemm.add(self.dx_r, coef, self.w[c], first=fresh, rows=self.kept)
+            gemm.add(self.dx_r, coef, self.w[c], first=fresh, count=self.kept, of_rows=True)
         if self.dw is not None:
             first = self.s.start
             total = self.dw[c] if self.dw_sum is None else self.dw_sum[c.start - first : c.stop - first]
-            gemm.add(total, coef.mT, self.x_r, first=self.r.start == 0, sums=self.kept)
+            gemm.add(total, coef.mT, self.x_r, first=self.r.start == 0, count=self.kept)
 
     def end_block(self) -> None:
         last = self.s.stop == len(self.w)
@@ -287,7 +285,9 @@ class _Product:
             if self.p.rows is None:
                 self.dx[self.r].copy_(self.dx_r)
             elif self.kept is not None:
-                rows_kernels().put(self.dx_r, self.p.rows[self.r], self.kept, self.dx)
+                from cosup.kernels.rows import put  # as gather
+
+                put(self.dx_r, self.p.rows[self.r], self.kept, self.dx)
             else:
                 self.dx.index_add_(0, self.p.rows[self.r], self.dx_r.to(self.dx.dtype))
 
@@ -453,8 +453,12 @@ def _features(p: Problem, r: slice, c: slice):
 
 
 def _take(p: Problem, x: Tensor, r: slice, kept: Tensor | None) -> Tensor:
+    if p.rows is not None and kept is not None:
+        from cosup.kernels.rows import gather  # Triton: absent on some platforms
+
+        return gather(x, p.rows[r], kept)
     if p.rows is not None:
-        return x[p.rows[r]] if kept is None else rows_kernels().gather(x, p.rows[r], kept)
+        return x[p.rows[r]]
     if p.skip is not None:
         return x[r].masked_fill(p.skip[r, None], 0.0)
     return x[r]
@@ -465,37 +469,6 @@ def _kept(p: Problem, r: slice) -> Tensor | None:
     if p.kept is None or (r.start == 0 and r.stop == len(p.target)):
         return p.kept
     return (p.kept - r.start).clamp_(0, r.stop - r.start)
-
-
-def counted(p: Problem) -> Problem:
-    """With rows to skip behind the others, where products stop at a number that the host does not know."""
-    assert p.skip is not None
-    rows, target, kept = rows_kernels().order(p.skip, p.target)
-    row_id = None if p.row_id is None else p.row_id[rows]
-    return p._replace(rows=rows, kept=kept, target=target, skip=None, row_id=row_id)
-
-
-def countable(x: Tensor, w: Tensor, backend: str) -> bool:
-    """Whether rows may be :func:`counted`: on Hopper, where those products are about as quick as the vendor's."""
-    if backend not in TRITON or x.element_size() != 2 or x.shape[1] % 8:
-        return False
-    from cosup.kernels.product import describable  # Triton: absent on some platforms
-
-    return describable(w) and (INTERPRETED or _is_hopper(x.device))
-
-
-def worth_counting(plan: Plan, features: int) -> bool:
-    """Whether a block has the rows that those products need to be quick, and takes the device longer than the host."""
-    return plan.block_rows >= COUNTED_ROWS and plan.block_rows * plan.block_cols * features >= COUNTED_PRODUCT
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def rows_kernels() -> Any:
-    return importlib.import_module("cosup.kernels.rows")  # Triton: absent on some platforms
 
 
 def _target_logits(p: Problem, plan: Plan, *, scaled_only: bool = False) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cosup import linear_cross_entropy, ops, walk
+from cosup import counting, linear_cross_entropy, ops, walk
 from cosup.kernels.product import NARROW, ROWS_AT_ONCE, WIDE, describable, product, tile_for
 from cosup.kernels.rows import gather, look_up, order, put
 from cosup.plan import Strategy, used
@@ -93,36 +93,36 @@ def test_what_can_be_described(device):
 def test_what_is_countable(device):
     """Rows of a dense 16-bit problem; and the room in which x's gradient is made is in the plan."""
     x, w = torch.zeros(64, 40, device=device).half(), torch.zeros(200, 40, device=device).half()
-    on = walk.countable(x, w, "triton")
-    assert on == walk.countable(x, w, walk.NARROW) == (device == "cpu" or walk._is_hopper(x.device))
-    assert not walk.countable(x, w, "reference") and not walk.countable(x.float(), w.float(), "triton")
-    assert not walk.countable(x[:, :36], w[:, :36], "triton") and not walk.countable(x, w[:, 1:], "triton")
+    on = counting.countable(x, w, "triton")
+    assert on == counting.countable(x, w, walk.NARROW) == (device == "cpu" or counting.is_hopper(x.device))
+    assert not counting.countable(x, w, "reference") and not counting.countable(x.float(), w.float(), "triton")
+    assert not counting.countable(x[:, :36], w[:, :36], "triton") and not counting.countable(x, w[:, 1:], "triton")
     kept, left = (walk.cost(x, walk.NARROW, gathered=True, counted=counted) for counted in (True, False))
     assert used(64, 200, 64, 200, kept, True) == used(64, 200, 64, 200, left, True) + 64 * 40 * 2
     assert used(64, 200, 64, 100, kept, True) == used(64, 200, 64, 100, left, True)
 
 
 @pytest.mark.parametrize("option", ["linear_bias", "lora", "batch_invariant"])
-def test_what_is_summed_over_the_rows_is_not_counted(option, counting, device):
+def test_what_is_summed_over_the_rows_is_not_counted(option, counts, device):
     x, w = torch.randn(40, 24, device=device).half(), torch.randn(72, 24, device=device).half().requires_grad_()
     target = torch.arange(40, device=device).masked_fill_(skipped(40, 0.5, device), -100)
     low_rank = torch.randn(8, 24, device=device).half(), torch.randn(72, 8, device=device).half(), 1.0
     given = {"linear_bias": torch.randn(72, device=device), "lora": low_rank, "batch_invariant": True}[option]
     linear_cross_entropy(x, w, target, **{option: given}, backend="triton").backward()
-    assert counting[0] is None and w.grad.isfinite().all()
+    assert counts[0] is None and w.grad.isfinite().all()
 
 
 @pytest.fixture
-def counting(monkeypatch):
+def counts(monkeypatch):
     """Rows of a CPU's tensors are counted too, and few ones."""
     real = ops._problem
     # "invariant": rows to skip stay in their place, as on CUDA
     monkeypatch.setattr(ops, "_problem", lambda *a, **k: real(*a[:20], True, *a[21:], **k))
-    monkeypatch.setattr(walk, "COUNTED_ROWS", 1)
-    monkeypatch.setattr(walk, "COUNTED_PRODUCT", 1)
-    counts, walked = [], ops.walk
-    monkeypatch.setattr(ops, "walk", lambda p, *a, **k: counts.append(p.kept) or walked(p, *a, **k))
-    return counts
+    monkeypatch.setattr(counting, "ROWS", 1)
+    monkeypatch.setattr(counting, "MULTIPLICATIONS", 1)
+    found, walked = [], ops.walk
+    monkeypatch.setattr(ops, "walk", lambda p, *a, **k: found.append(p.kept) or walked(p, *a, **k))
+    return found
 
 
 # the second of the blocks is kept in part, with rows beyond those that are multiplied; the third not at all
@@ -135,7 +135,7 @@ PLANS = {"one block": {}, "blocks": {"block_rows": 140},
     (walk.NARROW, "one block", 0, True), (walk.NARROW, "blocks", 0.5, True), (walk.NARROW, "slabs", 0.5, False),
     (walk.NARROW, "slabs", 0.5, True),
 ])  # fmt: skip
-def test_of_known_weights(backend, rows, share, rank, counting, device, monkeypatch):
+def test_of_known_weights(backend, rows, share, rank, counts, device, monkeypatch):
     """Loss, statistics and gradients against float64, at most twice the error of plain PyTorch's 16 bits."""
     n, m, d = 300 if rows == "blocks" else 150, 104, 24
     x, w = torch.randn(n, d, device=device).half(), torch.randn(m, d, device=device).half()
@@ -153,7 +153,7 @@ def test_of_known_weights(backend, rows, share, rank, counting, device, monkeypa
     features = (one, None, None, None, soft, *4 * [None])
     found = ops.loss_and_grads(*p, target, weight, None, smooth, square, None, *features, *options)
     ours = [found[0].detach(), *torch.autograd.grad(found[0], p)]
-    assert counting[0] == (target >= 0).sum()
+    assert counts[0] == (target >= 0).sum()
 
     def plain(x, w):
         p = [t.requires_grad_() for t in (x, w)]
@@ -182,19 +182,19 @@ def test_of_known_weights(backend, rows, share, rank, counting, device, monkeypa
 
 
 @pytest.mark.parametrize("reduction, rows", [("none", "slabs"), ("sum", "blocks")])
-def test_it_is_the_same_loss(reduction, rows, counting, device, monkeypatch):
+def test_it_is_the_same_loss(reduction, rows, counts, device, monkeypatch):
     """float16 waits for its upstream gradient: bits apart, what it is where the rows stay in their place."""
     x, w = torch.randn(150, 24, device=device).half(), torch.randn(72, 24, device=device).half()
     target = torch.randint(72, (150,), device=device).masked_fill_(skipped(150, 0.5, device), -100)
     real, found = ops.plan, []
     monkeypatch.setattr(ops, "plan", lambda *a, **k: real(*a, **k)._replace(**PLANS[rows]))
     for least in (1, 1 << 30):
-        monkeypatch.setattr(walk, "COUNTED_PRODUCT", least)
+        monkeypatch.setattr(counting, "MULTIPLICATIONS", least)
         p = [t.clone().requires_grad_() for t in (x, w)]
         loss, stats = linear_cross_entropy(*p, target, reduction=reduction, logit_softcap=5.0, z_loss=0.01,
                                            return_stats=True, backend="triton")  # fmt: skip
         up = torch.linspace(0.5, 2, loss.numel(), device=device).view(loss.shape)
         found.append([loss.detach(), *stats, *torch.autograd.grad(loss, p, up)])
-    assert counting[0] is not None and counting[-1] is None
+    assert counts[0] is not None and counts[-1] is None
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)

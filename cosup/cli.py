@@ -120,11 +120,13 @@ SUBJECTS = {
     "ranks": "info_nce over processes of a CPU, against its cost model",
     "patched-model": "A step of a whole model on a CPU, patched and not",
     "large-pool": "info_nce with candidates that fill a CPU's memory",
+    "gpu": "Everything that a few minutes of a GPU must find out, in one file that can be resumed",
 }
 
 
 def _bench_subject(context: typer.Context) -> None:
-    import_module(f"cosup.bench.{str(context.info_name).replace('-', '_')}").run(context.args)
+    if import_module(f"cosup.bench.{str(context.info_name).replace('-', '_')}").run(context.args) is False:
+        raise typer.Exit(1)
 
 
 for _name, _meaning in SUBJECTS.items():

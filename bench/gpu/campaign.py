@@ -45,7 +45,7 @@ ATTENTION = ("flash-attn", "flash-attn-4")
 
 class Stage(NamedTuple):
     name: str
-    function: str  # module and name, below cosup.bench.gpu
+    function: str  # module and name
     limit: int  # seconds, after which it is ended
     estimate: int  # seconds that it needs: it is not begun with less
     arguments: tuple[Any, ...] = ()
@@ -59,13 +59,16 @@ SHAPES = {"llama": (8192, 4096, 128256), "gemma": (8192, 2304, 256000), "few-row
 MET = ("llama", "few-rows", "gemma")  # of these, where the peers are met
 
 
+CORRECT, SPEED, VARIANTS = (f"cosup.bench.gpu.{name}" for name in ("correct", "speed", "variants"))
+
+
 def _correct(name: str, limit: int, estimate: int, *arguments: Any, stage: str | None = None) -> Stage:
-    return Stage(f"correct.{stage or name}", f"correct.{name}", limit, estimate, arguments, alone=False)
+    return Stage(f"correct.{stage or name}", f"{CORRECT}.{name}", limit, estimate, arguments, alone=False)
 
 
 STAGES = (
-    Stage("machine", "speed.machine", 40, 5),
-    *(Stage(f"ahead.{name}", "speed.ahead", 150, 30, (shape, name in MET), alone=False)
+    Stage("machine", f"{SPEED}.machine", 40, 5),
+    *(Stage(f"ahead.{name}", f"{SPEED}.ahead", 150, 30, (shape, name in MET), alone=False)
       for name, shape in SHAPES.items()),
     _correct("products", 60, 10),
     *(_correct("losses", 150, 40, dtype, room, stage=f"losses.{dtype}.{room}")
@@ -74,22 +77,22 @@ STAGES = (
     *(_correct(name, 90, 15)
       for name in ("patched", "graph", "compiled", "wide", "ranks", "quiet", "generation", "devices")),
     _correct("sanitizer", 120, 20),
-    Stage("ceilings", "speed.ceilings", 60, 10),
-    *(Stage(f"losses.{name}", "speed.losses", 90, 20, (shape,)) for name, shape in SHAPES.items()),
-    *(Stage(f"peers.{name}", "speed.peer_losses", 180, 60, (SHAPES[name],), packages=PEERS) for name in MET),
-    Stage("info_nce.rows", "speed.contrastive", 90, 30, (False,), packages=PEERS),
-    Stage("info_nce.symmetric", "speed.contrastive", 90, 30, (True,), packages=PEERS),
-    Stage("kernels", "variants.kernels", 60, 15),
-    Stage("variants", "variants.variants", 90, 25),
-    Stage("ignored", "speed.ignored", 60, 20),
-    Stage("profile", "speed.profile", 60, 10),
-    Stage("pair", "speed.pair", 90, 25),
-    Stage("attention", "speed.attention", 90, 25, packages=ATTENTION),
-    Stage("pool", "speed.pool", 90, 25),
-    Stage("pool.million", "speed.million", 90, 45),
-    Stage("bad-target", "correct.bad_target", 30, 5),
+    Stage("ceilings", f"{SPEED}.ceilings", 60, 10),
+    *(Stage(f"losses.{name}", f"{SPEED}.losses", 90, 20, (shape,)) for name, shape in SHAPES.items()),
+    *(Stage(f"peers.{name}", f"{SPEED}.peer_losses", 180, 60, (SHAPES[name],), packages=PEERS) for name in MET),
+    Stage("info_nce.rows", f"{SPEED}.contrastive", 90, 30, (False,), packages=PEERS),
+    Stage("info_nce.symmetric", f"{SPEED}.contrastive", 90, 30, (True,), packages=PEERS),
+    Stage("kernels", f"{VARIANTS}.kernels", 60, 15),
+    Stage("variants", f"{VARIANTS}.variants", 90, 25),
+    Stage("ignored", f"{SPEED}.ignored", 60, 20),
+    Stage("profile", f"{SPEED}.profile", 60, 10),
+    Stage("pair", f"{SPEED}.pair", 90, 25),
+    Stage("attention", f"{SPEED}.attention", 90, 25, packages=ATTENTION),
+    Stage("pool", f"{SPEED}.pool", 90, 25),
+    Stage("pool.million", f"{SPEED}.million", 90, 45),
+    Stage("bad-target", f"{CORRECT}.bad_target", 30, 5),
 )  # fmt: skip
-TUNING = tuple(Stage(f"tune.{kernel}", "variants.tune", 90, 30, (kernel,))
+TUNING = tuple(Stage(f"tune.{kernel}", f"{VARIANTS}.tune", 90, 30, (kernel,))
                for kernel in ("rows", "gradient", "columns", "product"))  # fmt: skip
 
 
@@ -200,8 +203,8 @@ def perform(stage: Stage, path: Path, seconds: float, small: bool) -> None:
     campaign = multiprocessing.parent_process()
     assert campaign is not None
     threading.Thread(target=lambda: (campaign.join(), os._exit(1)), daemon=True).start()  # it ends with the campaign
-    module, name = stage.function.split(".")
-    function: Callable[..., None] = getattr(import_module(f"cosup.bench.gpu.{module}"), name)
+    module, _, name = stage.function.rpartition(".")
+    function: Callable[..., None] = getattr(import_module(module), name)
     recorder = Recorder(stage.name, path, time.monotonic() + seconds, small)
     found = recorder.figure("stage", lambda: function(recorder, *stage.arguments) or {"ended": True}, show=False)
     sys.exit(0 if found else 1)

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -203,11 +203,14 @@ def perform(stage: Stage, path: Path, seconds: float, small: bool) -> None:
     campaign = multiprocessing.parent_process()
     assert campaign is not None
     threading.Thread(target=lambda: (campaign.join(), os._exit(1)), daemon=True).start()  # it ends with the campaign
-    module, _, name = stage.function.rpartition(".")
-    function: Callable[..., None] = getattr(import_module(module), name)
     recorder = Recorder(stage.name, path, time.monotonic() + seconds, small)
-    found = recorder.figure("stage", lambda: function(recorder, *stage.arguments) or {"ended": True}, show=False)
-    sys.exit(0 if found else 1)
+
+    def whole() -> dict[str, Any]:
+        module, _, name = stage.function.rpartition(".")
+        getattr(import_module(module), name)(recorder, *stage.arguments)
+        return {"ended": True}
+
+    sys.exit(0 if recorder.figure("stage", whole, show=False) else 1)
 
 
 def gpu() -> tuple[str, str] | None:

@@ -19,6 +19,7 @@ from cosup.bench import info_nce, linear_cross_entropy, measure, peers, report
 from cosup.bench.gpu.pair import SMOLLM2, instances, passages, random_pair
 from cosup.bench.gpu.recorder import Found, Recorder, synchronize
 from cosup.bench.measure import Loss, gradients
+from cosup.doctor import version
 from cosup.gradcache import cached_encode
 from cosup.nn import CandidateQueue
 from cosup.walk import default_workspace
@@ -192,8 +193,9 @@ def pair(stage: Recorder) -> None:
 
 def attention(stage: Recorder) -> None:
     """The same step with each attention that can be had."""
-    known = ("sdpa", "eager") if stage.small else ("sdpa", "flash_attention_2", "flash_attention_4")
-    _steps(stage, {name: (name, _our_loss) for name in known})
+    known = {"sdpa": "torch", "flash_attention_2": "flash-attn", "flash_attention_4": "flash-attn-4"}
+    there = [name for name, package in known.items() if version(package) and (name == "sdpa" or not stage.small)]
+    _steps(stage, {name: (name, _our_loss) for name in ["eager", *there]})
 
 
 def _steps(stage: Recorder, methods: dict[str, tuple[str | None, Callable[..., Tensor]]]) -> None:

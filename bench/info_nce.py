@@ -16,9 +16,10 @@ from torch import Tensor
 
 from cosup import info_nce
 from cosup.bench import peers, report
-from cosup.bench.gemms import engine_gemms, planned, torch_mm
+from cosup.bench.gemms import engine_gemms, torch_mm
 from cosup.bench.measure import Loss, Problem, measure
 from cosup.plan import Strategy
+from cosup.predict import planned
 from cosup.walk import default_workspace
 
 SHAPE = {"cpu": [8192, 8192, 256], "cuda": [65536, 65536, 1024]}  # N, M, D
@@ -73,7 +74,7 @@ def compare(query: Tensor, candidates: Tensor, workspace_mib: int, rounds: int, 
         absent |= {name: "takes one candidate to a query" for name in others if name in square}
         others = {name: loss for name, loss in others.items() if name not in absent}
     scale = 1 / temperature
-    blocks, backend = planned(query, candidates, n, workspace, scale=scale, gathered=False, symmetric=symmetric)
+    blocks, backend, _ = planned(query, candidates, n, workspace, scale=scale, skips=False, symmetric=symmetric)
     print(f"plan: {blocks}, {backend}")
     sweeps = 1 if blocks.strategy is Strategy.GRADS_IN_FORWARD else 2
     count = {1: "three", 2: "four"}[sweeps]

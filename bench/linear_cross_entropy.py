@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cosup import linear_cross_entropy
 from cosup.bench import hidden_states, peers, report
-from cosup.bench.gemms import engine_gemms, planned, torch_mm
+from cosup.bench.gemms import engine_gemms, torch_mm
 from cosup.bench.measure import Loss, Problem, measure
+from cosup.predict import planned
 from cosup.walk import default_workspace
 
 IGNORED = -100
@@ -81,8 +82,8 @@ def compare(x: Tensor, w: Tensor, dense: Tensor, workspace_mib: int, rounds: int
     # a CPU picks the rows that are not ignored; CUDA masks, whether or not there are any
     on_gpu = x.is_cuda
     rows = n if on_gpu else int((target != IGNORED).sum())
-    ours, backend = planned(x, w, rows, workspace, scale=1.0, ignores=on_gpu, gathered=on_gpu or rows < n)
-    whole, _ = planned(x, w, n, workspace, scale=1.0, ignores=on_gpu, gathered=on_gpu)
+    ours, backend, _ = planned(x, w, rows, workspace, scale=1.0, skips=on_gpu or rows < n)
+    whole, *_ = planned(x, w, n, workspace, scale=1.0, skips=on_gpu)
     print(f"plan: {ours}, {backend}")
     products = {  # of all rows, ignored or not
         "three torch.mm": lambda: torch_mm(x, w, n if on_gpu else whole.block_rows),

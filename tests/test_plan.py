@@ -51,9 +51,9 @@ def test_stated_need_is_enough(n, m, cost):
 
 
 def test_strategies():
-    def strategy(budget, **asked):
+    def strategy(budget, cost=WIDE, **asked):
         return plan(
-            2048, 50257, WIDE, **{"grads": True, "weights_known": True, **asked}, workspace_bytes=budget
+            2048, 50257, cost, **{"grads": True, "weights_known": True, **asked}, workspace_bytes=budget
         ).strategy
 
     enough = used(2048, 50257, WIDE.least_rows, 50257, WIDE, True)
@@ -61,6 +61,7 @@ def test_strategies():
     assert strategy(enough - 1) is Strategy.RECOMPUTE
     assert strategy(enough, weights_known=False) is Strategy.RECOMPUTE
     assert strategy(enough, grads=False) is Strategy.STATISTICS
+    assert strategy(enough - 1, cost=WIDE._replace(strips_alone=True)) is Strategy.GRADS_IN_FORWARD
 
 
 def test_blocks_are_even():

@@ -100,6 +100,7 @@ def is_matrix(t):
 def absent(monkeypatch):
     """No CUDA device, no Triton that could be started, whatever is here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(counting, "INTERPRETED", False)
     counting.is_hopper.cache_clear()
     yield
     counting.is_hopper.cache_clear()

@@ -94,8 +94,8 @@ def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known:
     picked = p.rows is not None or p.skip is not None
     c = cost(p.x, backend, gathered=picked, counted=counts, symmetric=p.symmetric, sigmoid=p.sigmoid,
              more_features=0 if p.x2 is None else p.x2.shape[1])  # fmt: skip
-    if rank and backend == NARROW:
-        c = c._replace(moves=None)  # whole rows where they fit: else their tiles would be float32
+    if invariant or (rank and backend == NARROW):
+        c = c._replace(moves=None)  # a half of the rows, a quarter, ...; whole rows, or a rank needs float32 tiles
     m = len(p.w) if p.shard is None else p.shard.widest  # alike on all ranks, and so are the blocks of rows
     n = INVARIANT_ROWS[p.x.device.type] if invariant else len(p.target)
     budget = enough(n, m, c, grads, p.workspace_bytes) if p.any_budget else p.workspace_bytes

@@ -41,13 +41,14 @@ class Prediction(NamedTuple):
         strategy: "gradients in forward" (three products) or "statistics, then recompute" (four).
         block_rows, block_cols: Of a tile of logits.
         holds_all_logits: Whether one tile has all rows and all columns.
-        budget_bytes, workspace_bytes: What is allowed, and the peak beside inputs, outputs and gradients.
+        budget_bytes, workspace_bytes: What is allowed, and the peak beside inputs, outputs and gradients. The second is
+            above the first only where the smallest blocks need more than a default budget.
         kernels: The tile kernels; "triton-16bit": on tiles of bfloat16.
         counted: Whether the device counts the rows that are not ignored, and multiplies those alone.
         bytes_moved: By step, forward and backward. Matrices alone: what has a number or a few for a row or column is
             left out.
         launches: The same; of kernels over matrices.
-        step_seconds: The same.
+        step_seconds: Of each step, by the rates.
         product_seconds: The bare products: two, or three with both gradients.
         seconds: All steps, or the host's time where that is longer.
         time_over_products: Their quotient.
@@ -98,7 +99,8 @@ def plan_for(n: int, d: int, m: int, *, loss: str = "linear_cross_entropy", dtyp
         frozen: "input" or "weight" (the queries, the candidates): the one that asks no gradient; None: both ask.
 
     Returns:
-        :class:`Prediction`. On a CPU bytes are moved as if its cache held nothing: an upper bound.
+        :class:`Prediction`. On a CPU bytes are moved as if its cache held nothing: an upper bound. What the PyTorch
+        kernels launch and move beside (float64 on CUDA) is left out.
 
     Raises:
         ValueError: A wrong option; a budget below what the smallest blocks need; no ``free_bytes``, no
@@ -117,7 +119,7 @@ def plan_for(n: int, d: int, m: int, *, loss: str = "linear_cross_entropy", dtyp
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f'device must be "cpu" or "cuda", got {device.type!r}')
-    if ("cpu" if device.type == "cpu" else "cuda", dtype.itemsize) not in RATES or not dtype.is_floating_point:
+    if (device.type, dtype.itemsize) not in RATES or not dtype.is_floating_point:
         raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     budget = workspace_bytes if workspace_bytes is not None else _default_budget(device, free_bytes)
     x: Any = _Rows(torch.Size([n, d]), dtype, device)
@@ -172,7 +174,7 @@ def planned(x: Any, w: Tensor, n: int, workspace_bytes: int, *, scale: float | N
     """The blocks of a loss and both gradients, its kernels, and whether rows are counted: as the operators decide it.
 
     Args:
-        x, w: Operands; nothing of them is read.
+        x, w: Operands, whose contents are not read.
         n: Rows to visit.
         scale: Of the logits; None: unknown to the host.
         skips: Whether rows are picked or masked.
@@ -193,4 +195,6 @@ def _default_budget(device: torch.device, free_bytes: int | None) -> int:
         return share_of(free_bytes, device.type)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("free_bytes or workspace_bytes must be given where there is no such device, got neither")
+    if device.type == "cuda" and device.index is None:  # as tensors name it
+        device = torch.device("cuda", torch.cuda.current_device())
     return default_workspace(device)

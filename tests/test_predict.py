@@ -12,7 +12,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosup import counting, direct, info_nce, linear_cross_entropy, ops, plan_for, softmax, walk
+from cosup import counting, direct, info_nce, linear_cross_entropy, ops, plan_for, predict, softmax, walk
 from cosup.bench import plans
 from cosup.kernels import product, scale
 
@@ -237,6 +237,17 @@ def test_ranks_keep_tiles_of_bfloat16_in_whole_rows(noted):
     ranked = noted(LOSSES["info_nce"], *shape, torch.bfloat16, None, return_stats=True, **options)
     assert plain.plans[0].block_cols < 16384 == ranked.plans[0].block_cols
     assert ranked.bytes["statistics"] == plain.bytes["statistics"] == 2 * 16384**2
+
+
+@pytest.mark.parametrize("less", [0, 1, 1 << 20, 64 << 20])
+def test_invariant_blocks_have_the_same_rows(less, absent):
+    """All of 256, or a part that divides them, however many would fit."""
+    x = predict._Rows(torch.Size([4096, 256]), torch.float32, torch.device("cuda"))
+    w = torch.empty(128256, 256, device="meta")
+    target = torch.empty(4096, dtype=torch.int64, device="meta")
+    p = walk.Problem(x, w, target, torch.ones(()), workspace_bytes=256 * 128256 * 4 + (1 << 20) - less)
+    plan, _ = ops.blocks_of(p, "triton", grads=True, weights_known=True, invariant=True)
+    assert 256 % plan.block_rows == 0
 
 
 def test_the_table_of_the_docs_is_what_the_plans_are(absent):

@@ -150,7 +150,7 @@ SUBJECTS = {
     "linear_cross_entropy": "Against every peer that is installed, and the bare matrix products",
     "info_nce": "Against every peer that is installed, and the bare matrix products",
     "ranks": "info_nce over processes of a CPU, against its cost model",
-    "patched-model": "A step of a whole model on a CPU, patched and not",
+    "patched-model": "A step of a whole model, patched and not",
     "large-pool": "info_nce with candidates that fill a CPU's memory",
     "gpu": "Everything that a few minutes of a GPU must find out, in one file that can be resumed",
 }

@@ -87,6 +87,7 @@ STAGES = (
     Stage("ignored", f"{SPEED}.ignored", 60, 20),
     Stage("profile", f"{SPEED}.profile", 60, 10),
     Stage("pair", f"{SPEED}.pair", 90, 25),
+    Stage("patched-model", f"{SPEED}.patched", 90, 25),
     Stage("attention", f"{SPEED}.attention", 90, 25, packages=ATTENTION),
     Stage("pool", f"{SPEED}.pool", 90, 25),
     Stage("pool.million", f"{SPEED}.million", 90, 45),

@@ -63,9 +63,10 @@ class Recorder:
                 verdict = "failed" if "cosup" in row["method"] else "raised"
                 self.line(row["method"], **{verdict: row["failed"]})
                 continue
-            found = {"ms": _ms(row["seconds"]), "over": row["ratio"], "host": _ms(row.get("host_seconds")),
-                     "MiB": _mib(row["workspace_bytes"]), "dx": row.get("dx_error"), "dw": row.get("dw_error"),
-                     "dense": row["dense_ratio"]}  # fmt: skip
+            found = {"ms": _ms(row.get("seconds") or row["step_seconds"]), "host": _ms(row.get("host_seconds")),
+                     "MiB": _mib(row.get("workspace_bytes", row.get("step_bytes"))), "over": row.get("ratio"),
+                     "over_plain": row.get("plain_ratio"), "over_dense": row.get("dense_ratio"),
+                     "dx": row.get("dx_error"), "dw": row.get("dw_error")}  # fmt: skip
             self.line(row["method"], **{key: value for key, value in found.items() if value is not None})
 
     def size(self, *shape: int) -> tuple[int, ...]:

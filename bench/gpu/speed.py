@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 import cosup
-from cosup.bench import info_nce, linear_cross_entropy, measure, peers, report
+from cosup.bench import info_nce, linear_cross_entropy, measure, patched_model, peers, report
 from cosup.bench.gpu.pair import SMOLLM2, instances, passages, random_pair
 from cosup.bench.gpu.recorder import Found, Recorder, synchronize
 from cosup.bench.measure import Loss, gradients
@@ -189,6 +189,12 @@ def pool(stage: Recorder) -> None:
 def pair(stage: Recorder) -> None:
     """A training step of Gen and Ctx at SmolLM2-135M's size, with cosup's losses and with plain ones."""
     _steps(stage, {"cosup": (None, _our_loss), "plain": (None, _plain_loss)})
+
+
+def patched(stage: Recorder) -> None:
+    """A step of a whole model, patched and not."""
+    small = "--vocabulary 300 --batch 2 8 --layers 1 --width 64 --steps 2".split()
+    stage.record("step", patched_model.compare(small if stage.small else []))
 
 
 def attention(stage: Recorder) -> None:

@@ -9,13 +9,16 @@ import time
 from importlib import import_module
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from cosup import cli
-from cosup.bench.gpu import campaign
+from cosup import cli, linear_cross_entropy
+from cosup.bench import peers
+from cosup.bench.gpu import campaign, correct
 from cosup.bench.gpu.campaign import STAGES, TUNING, Stage
-from cosup.bench.gpu.recorder import lines_of
+from cosup.bench.gpu.recorder import Recorder, lines_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,6 +141,33 @@ import cosup.bench.gpu.preload
     subprocess.run([sys.executable, "-c", call], check=True)
 
 
+class Wrong(torch.autograd.Function):
+    """The identity, 3 % of whose gradient is missing."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 0.97 * grad
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_gradient_is_said(dtype, tmp_path, monkeypatch):
+    """Of a loss whose value is right; and one that is right in all is not blamed."""
+
+    def wrong(x, w, t, **options):
+        return linear_cross_entropy(Wrong.apply(x), w, t, **options)
+
+    cases = {"wrong": (wrong, peers.plain), "right": (linear_cross_entropy, peers.plain)}
+    monkeypatch.setattr(correct, "features", lambda *_: cases)
+    file = tmp_path / "gpu.jsonl"
+    correct.losses(Recorder("correct", file, time.monotonic() + 60, True), dtype, "slabs")
+    said = {line["name"].split(",")[0]: line["wrong"] for line in lines_of(file)}
+    assert said == {"wrong": 1, "right": 0}
+
+
 QUICK = ("machine", "correct.ranks", "correct.devices", "losses.few-rows", "ignored", "bad-target")
 
 
@@ -146,11 +176,13 @@ def test_a_killed_campaign_is_finished_by_a_second_call(tmp_path):
     out = tmp_path / "out"
     environment = os.environ | {"OUT": str(out), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", str(ROOT / "bench/gpu.sh"), "--minutes", "5", "--only", *QUICK]
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     file = out / "gpu.jsonl"
     while first.poll() is None and (not file.exists() or len(ends(lines_of(file))) < 2):
         time.sleep(0.05)
-    os.killpg(first.pid, 9)
+    started = psutil.Process(first.pid).children(recursive=True)
+    next(process for process in started if "cosup.bench.gpu" in process.cmdline()).kill()
+    assert not psutil.wait_procs(started, timeout=60)[1]  # stages end with their campaign
     first.wait()
     half = lines_of(file)
     assert 2 <= len(ends(half)) < len(QUICK)

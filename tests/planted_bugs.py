@@ -43,6 +43,7 @@ ARCHITECTURES = "tests/test_patching_architectures.py"
 SITE, PREDICT = "tests/test_site.py", "tests/test_predict.py"
 INDEX, MILVUS, OF_MILVUS = "cosup/index.py", "cosup/integrations/milvus.py", "tests/test_milvus.py"
 PAIRS, SIGMOID = "tests/test_sigmoid.py", "kernels/tile_sigmoid.py"
+CAMPAIGN, OF_CAMPAIGN = "bench/gpu/campaign.py", "tests/test_gpu_campaign.py"
 BUGS = [
     Bug("loss: log-sum-exp rounds first", 'kernels/reference.py', "nll_R = state.sum.log() + lag_R",
         "nll_R = (state.sum.log() + state.max).bfloat16().to(lag_R.dtype) - state.target + margin * scale", LOSSES + " -k cross_entropy_error"),
@@ -516,6 +517,30 @@ BUGS = [
     Bug("predict: a budget without any free memory", "cosup/predict.py", 'if device.type == "cuda" and not torch.cuda.is_available():', "if False:", PREDICT + " -k wrong_is_named"),
     Bug("predict: a table of other sizes", "bench/plans.py", "FREE = (79, 40, 20, 8)", "FREE = (79, 40, 20, 9)", PREDICT + " -k table_of_the_docs"),
     Bug("plan: kibibytes of a thousand", "cosup/cli.py", '"KiB": 1 << 10', '"KiB": 1000', "tests/test_cli.py -k sizes"),
+    Bug("gpu: a stage that hangs is waited for", CAMPAIGN, "if process.exitcode is None and seconds < limit:",
+        "if process.exitcode is None:", OF_CAMPAIGN + " -k harms_no_other"),
+    Bug("gpu: a stage that raises is done", CAMPAIGN, "show=False) else 1)", "show=False) else 0)",
+        OF_CAMPAIGN + " -k harms_no_other"),
+    Bug("gpu: done whatever has changed", CAMPAIGN, "if same.get(stage.name) == self.of(stage)}", "if stage.name in same}",
+        OF_CAMPAIGN + " -k not_done_again"),
+    Bug("gpu: peers' versions are not looked at", CAMPAIGN, "for name in stage.packages}", "for name in ()}",
+        OF_CAMPAIGN + " -k not_done_again"),
+    Bug("gpu: stages that ended by themselves are done", CAMPAIGN, 'if line.get("end") == DONE}', 'if line.get("end")}',
+        OF_CAMPAIGN + " -k not_done_again"),
+    Bug("gpu: wrong values pass", CAMPAIGN, " and not any(_bad(line) for line in lines)", "", OF_CAMPAIGN + " -k fail_a_campaign"),
+    Bug("gpu: times beside other stages", CAMPAIGN, "while self.running and (stage.alone or len", "while self.running and (len",
+        OF_CAMPAIGN + " -k side_by_side"),
+    Bug("gpu: one stage after the other", CAMPAIGN, "while stage.alone and self.running:", "while self.running:",
+        OF_CAMPAIGN + " -k side_by_side"),
+    Bug("gpu: a stage outlives its campaign", CAMPAIGN, "(campaign.join(), os._exit(1))", "campaign.join()", OF_CAMPAIGN + " -k killed_campaign"),
+    Bug("gpu: kernels may change", CAMPAIGN, '("cosup", "cosup.kernels", "cosup.bench"):', '("cosup", "cosup.bench"):',
+        OF_CAMPAIGN + " -k identity"),
+    Bug("gpu: a wrong gradient is right", "bench/gpu/correct.py", "return max(2 * theirs,", "return max(50 * theirs,",
+        OF_CAMPAIGN + " -k wrong_gradient"),
+    Bug("bench: rounds go on after their time", "bench/measure.py", "if done and time.monotonic() > until:", "if False:",
+        "tests/test_bench.py -k ends_with_its_time"),
+    Bug("bench: methods begin after their time", "bench/measure.py", "if time.monotonic() > until:\n                raise",
+        "if False:\n                raise", "tests/test_bench.py -k ends_with_its_time"),
 ]  # fmt: skip
 
 

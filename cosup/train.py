@@ -40,6 +40,7 @@ from cosup.gradcache import RandomState
 from cosup.losses import CoSupervisionOutput, co_supervision_loss
 from cosup.model import SHARDS, GenCtxConfig, GenCtxModel, GenCtxOutput, Mode, Pooling
 from cosup.nn import CandidateQueue
+from cosup.walk import default_workspace, set_default_workspace
 
 _STATE, _INTERVAL, _QUEUE = "trainer_state.json", "cosup_interval.json", "cosup_queue.safetensors"
 _FIGURES = [
@@ -296,7 +297,8 @@ class CoSupTrainer(Trainer):
 
         The model is left in eval mode. Its rows that were cut to max_length are counted in one warning.
         A resumed run goes on exactly, with as many processes: on the CPU its losses are those of a run that was never
-        stopped, bit for bit.
+        stopped, bit for bit. So the losses take the memory budget that is saved in the checkpoint, whatever is free now
+        (on a device of the same kind); it is the process's default from then on.
         Raises ValueError where there is no whole checkpoint (a run killed while saving leaves a part of one).
         """
         if resume_from_checkpoint in (True, "last"):
@@ -580,10 +582,8 @@ class CoSupTrainer(Trainer):
         name, held = f"{seed} {self.state.global_step} {place}", batch["candidate_ids"].tolist()
         if self._gather == "local":
             name += f" {self.args.process_index}"
-        elif self._group is not None:
-            everywhere: list[Any] = [None] * self.args.world_size
-            dist.all_gather_object(everywhere, held, group=self._group)
-            held = sum(everywhere, [])
+        else:
+            held = sum(self._of_all_ranks(held), [])
         count = min(self._extra_passages + len(set(held)), len(self._passage_ids))
         rows = random.Random(name).sample(range(len(self._passage_ids)), count)
         ids = [self._passage_ids[row] for row in rows if row not in set(held)][: self._extra_passages][self._share]
@@ -603,6 +603,17 @@ class CoSupTrainer(Trainer):
         if self._group is not None:
             dist.all_reduce(t, group=self._group)
         return t
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.args.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _kind_of_device(self) -> str:
+        device = self._sums.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def _reset_interval(self) -> None:
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.args.device)
@@ -665,9 +676,11 @@ class CoSupTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        workspaces = self._of_all_ranks((self._kind_of_device(), default_workspace(self._sums.device)))
         if not self.args.should_save:
             return
         interval = {"sums": self._sums.tolist(), "steps": self._steps, "seconds": self._seconds}
+        interval["workspaces"] = workspaces
         Path(output_dir, _INTERVAL).write_text(json.dumps(interval), encoding="utf-8")
         if self.queue is not None:
             save_file(self.queue.state_dict(), Path(output_dir, _QUEUE))
@@ -684,6 +697,11 @@ class CoSupTrainer(Trainer):
             interval = json.loads(path.read_text(encoding="utf-8"))
             self._sums = torch.tensor(interval["sums"], dtype=torch.float64, device=self.args.device)
             self._steps, self._seconds, self._mark = interval["steps"], interval["seconds"], time.perf_counter()
+            workspaces = interval["workspaces"]
+            if len(workspaces) == self.args.world_size:
+                kind, workspace = workspaces[self.args.process_index]
+                if kind == self._kind_of_device():  # bits of another kind differ anyway
+                    set_default_workspace(self._sums.device, workspace)
             path = Path(checkpoint, _QUEUE)
             kept = load_file(path) if path.is_file() else {}
             sizes = len(kept.get("ids", ())), 0 if self.queue is None else len(self.queue.ids)

@@ -17,7 +17,7 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,12 @@ TRITON = ("triton", NARROW)
 NARROW_SCALE = 33.4  # where it may be taken: a temperature of 0.03
 FREE_SHARE = 16  # of the free memory a workspace takes one part, where none is given
 LEAST_WORKSPACE, MOST_WORKSPACE = 16 << 20, {"cpu": 256 << 20, "cuda": 4 << 30}  # bytes, where none is given
+# By the controllers of a line in /proc/self/cgroup (version 2, version 1): folder; limit, usage, and the page cache in
+# that usage which can be reclaimed.
+CGROUPS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # 4 times the FLOP that a processor does while it moves a byte, about 16 and 250: for each column a block of R rows has
@@ -52,6 +58,7 @@ STRIP = 1 << 20  # elements multiplied at once on a CPU: about what its cache ho
 COLUMN_PARTS = 8  # of ``tile_stats.MOST_PARTS``
 FUSED_COLUMNS, FUSED_FIELDS = 128, 5  # of ``product_stats``: columns that share one statistic, and what that takes
 REFERENCE_COPIES = 9  # tiles that the PyTorch kernels hold at once at most, by count of their temporaries
+_workspaces: dict[torch.device, int] = {}  # bytes where no budget is given
 
 
 class Problem(NamedTuple):
@@ -362,11 +369,12 @@ def moves(x: Tensor, backend: str, *, gathered: bool, counted: bool, more_featur
     )
 
 
-@functools.cache
 def default_workspace(device: torch.device) -> int:
     """Bytes where no budget is given: :func:`share_of` the free memory. Looked up once, so that all calls of a process
     take the same blocks."""
-    return share_of(_free_bytes(device), device.type)
+    if device not in _workspaces:
+        set_default_workspace(device, share_of(_free_bytes(device), device.type))
+    return _workspaces[device]
 
 
 def share_of(free: int, kind: str) -> int:
@@ -378,14 +386,42 @@ def share_of(free: int, kind: str) -> int:
     return min(most, max(LEAST_WORKSPACE, share))
 
 
-def _free_bytes(device: torch.device) -> int:
+def set_default_workspace(device: torch.device, workspace_bytes: int) -> None:
+    """Use this budget from now on where none is given: that of an earlier process, for the same blocks and bits."""
+    _workspaces[device] = workspace_bytes
+
+
+def _free_bytes(device: torch.device, root: Path = Path("/")) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, but free
         return torch.cuda.mem_get_info(device)[0] + unused
+    free = [1024 * int(kb) for kb in re.findall(r"MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"))]
+    return max(0, min([*free, *_free_in_cgroups(root)], default=FREE_SHARE * MOST_WORKSPACE["cpu"]))  # none: no Linux
+
+
+def _free_in_cgroups(root: Path) -> Iterator[int]:
+    """Bytes left under each memory limit of this process's control group and of those above it.
+
+    Source: docs.kernel.org/admin-guide/cgroup-v2.html, and cgroup-v1/memory.html.
+    """
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in CGROUPS:
+            continue
+        folder, limit, usage, cache = CGROUPS[controllers]
+        group = root / folder / path.lstrip("/")
+        for place in (group, *group.parents):  # a container may see its own group as the root, or not see it
+            most, used, stat = (_text(place / name).strip() for name in (limit, usage, "memory.stat"))
+            if most.isdigit():  # else "max", or no such file
+                reclaimable = re.findall(rf"^{cache} (\d+)$", stat, re.MULTILINE)
+                yield int(most) - int(used) + sum(map(int, reclaimable))
+
+
+def _text(path: Path) -> str:
     try:
-        return 1024 * int(re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[0])
-    except (OSError, IndexError):  # no Linux
-        return FREE_SHARE * MOST_WORKSPACE["cpu"]
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def resolve(backend: str, x: Tensor) -> str:

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "generate": {"tokens", "data", "index"},
     "pretrained": {"tokens"},
     "model": {"tokens", "cards", "data", "generate", "pretrained"},
-    "train": {"losses", "contrastive", "nn", "gradcache", "tokens", "data", "model"},
+    "train": {"walk", "losses", "contrastive", "nn", "gradcache", "tokens", "data", "model"},
     "evaluate": {"losses", "tokens", "data", "index", "generate", "model"},
     "doctor": {"kernels", "gemm", "walk"},
     "demo": {"data", "index", "model", "train", "evaluate", "tokens", "generate"},

@@ -124,7 +124,8 @@ def test_published_shapes_take_three_products_by_default(n, d, m, backend, rank,
 def test_long_batches_are_not_refused_by_default(n, d, m, free, as_cuda, monkeypatch):
     """The float32 sum of x's gradient alone is over a gigabyte in some plans."""
     monkeypatch.setattr(walk, "_free_bytes", lambda device: free)
-    budget = walk.default_workspace.__wrapped__(torch.device("meta"))
+    monkeypatch.setattr(walk, "_workspaces", {})
+    budget = walk.default_workspace(torch.device("meta"))
     cost = walk.cost(torch.empty(n, d, dtype=torch.bfloat16, device="meta"), "triton", gathered=True)
     room = enough(n, m, cost, True, budget)
     assert plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=room).workspace_bytes <= room
@@ -133,17 +134,50 @@ def test_long_batches_are_not_refused_by_default(n, d, m, free, as_cuda, monkeyp
 @pytest.mark.parametrize("free, mib", [(8, 512), (20, 1280), (40, 2560), (78.9, 4096), (140, 4096)])
 def test_default_workspace_of_a_gpu(free, mib, monkeypatch):
     monkeypatch.setattr(walk, "_free_bytes", lambda device: int(free * 2**30))
-    assert walk.default_workspace.__wrapped__(torch.device("cuda")) >> 20 == mib
+    monkeypatch.setattr(walk, "_workspaces", {})
+    assert walk.default_workspace(torch.device("cuda")) >> 20 == mib
 
 
 @pytest.mark.parametrize("free, budget", [(0, 16), (1 << 30, 64), (3 << 30, 128), (1 << 40, 256)])
 def test_default_workspace(free, budget, monkeypatch):
     """A sixteenth of the free memory, in MiB; within bounds, and the same for all of a process."""
-    walk.default_workspace.cache_clear()
+    monkeypatch.setattr(walk, "_workspaces", {})
     monkeypatch.setattr(walk, "_free_bytes", lambda device: free)
     assert walk.default_workspace(torch.device("cpu")) == budget << 20
     monkeypatch.setattr(walk, "_free_bytes", lambda device: free // 4)
     assert walk.default_workspace(torch.device("cpu")) == budget << 20
-    walk.default_workspace.cache_clear()
     monkeypatch.undo()
     assert walk._free_bytes(torch.device("cpu")) > 1 << 20
+
+
+@pytest.mark.parametrize("line, folder, limit, usage, cache", [
+    ("4:memory:/pod/run", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+     "total_inactive_file"),
+    ("0::/pod/run", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+])  # fmt: skip
+@pytest.mark.parametrize("groups, free", [
+    ({}, 1000),
+    ({"pod/run": ("9000", 100, 0)}, 1000),
+    ({"pod/run": ("500", 300, 100)}, 300),
+    ({"pod": ("500", 300, 0), "pod/run": ("9000", 100, 0)}, 200),
+    ({"": ("500", 300, 0)}, 200),  # a container's own, seen as the root
+    ({"other": ("500", 300, 0)}, 1000),
+    ({"pod/run": ("max", 300, 0)}, 1000),
+    ({"pod/run": ("500", 600, 0)}, 0),
+])  # fmt: skip
+def test_free_memory_is_within_the_limits_of_control_groups(line, folder, limit, usage, cache, groups, free, tmp_path):
+    """In KiB: limit, usage and reclaimable cache of each group."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  4000 kB\nMemFree:  10 kB\nMemAvailable:    1000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(f"9:name=systemd:/\n3:cpu,cpuacct:/pod/run\n{line}\n")
+    for name, (most, taken, reclaimable) in groups.items():
+        group = tmp_path / folder / name
+        group.mkdir(parents=True, exist_ok=True)
+        (group / limit).write_text(most if most == "max" else f"{int(most) << 10}\n")
+        (group / usage).write_text(f"{taken << 10}\n")
+        (group / "memory.stat").write_text(f"cache 7\n{cache} {reclaimable << 10}\nactive_file 9\n")
+    assert walk._free_bytes(torch.device("cpu"), tmp_path) == free << 10
+
+
+def test_free_memory_where_nothing_says_it(tmp_path):
+    assert walk._free_bytes(torch.device("cpu"), tmp_path) // walk.FREE_SHARE == walk.MOST_WORKSPACE["cpu"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_model import family, pair, run, shared
 from torch.nn import functional as F
-from train_worker import make_trainer
+from train_worker import machine, make_trainer
 from transformers import TrainerCallback, TrainingArguments
 
 from cosup import info_nce, linear_cross_entropy
@@ -19,7 +19,8 @@ from cosup.bench.measure import peak_bytes
 from cosup.data.collate import micro_batches
 from cosup.data.schema import write_jsonl
 from cosup.model import GenCtxConfig, GenCtxModel
-from cosup.train import _SUMS, CoSupConfig, CoSupTrainer
+from cosup.train import _INTERVAL, _SUMS, CoSupConfig, CoSupTrainer
+from cosup.walk import default_workspace
 from tiny import tiny_encoder, tiny_folder, tiny_gen, tiny_instances, tiny_passages
 
 N = 8
@@ -508,6 +509,35 @@ def test_a_run_with_further_candidates_goes_on_bit_for_bit(tmp_path):
     for size in (0, 8):
         with pytest.raises(ValueError, match=f"queue_size: wanted 9 as in .*checkpoint-8, got {size}"):
             make_trainer(tmp_path, **options | {"queue_size": size}).train(str(tmp_path / "checkpoint-8"))
+
+
+@pytest.mark.parametrize("free, elsewhere", [(1 << 30, 1 << 12), (1 << 12, 1 << 30)])
+def test_a_run_goes_on_bit_for_bit_with_other_memory_free(free, elsewhere, tmp_path):
+    """Its budget is saved with it. A new run elsewhere has another budget, and with it other bits in both losses."""
+    runs, held_out = [], []
+    for place, folder, start in ((free, "", None), (elsewhere, "new", None), (elsewhere, "", "checkpoint-4")):
+        with machine(place):
+            trainer = make_trainer(tmp_path / folder, max_steps=6, queue_size=64)
+            trainer.train(start and str(tmp_path / start))
+            runs.append(trainer)
+            held_out.append(trainer.evaluate(trainer.train_dataset))
+    whole, new, resumed = runs
+    for name in ("ntp_loss", "nsp_loss"):
+        assert losses(new)[5][name] != losses(whole)[5][name]
+    assert losses(resumed) == losses(whole) and held_out[2] == held_out[0]
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("saved", [[["NVIDIA H100", 1 << 26]], [["cpu", 1 << 26]] * 2])
+def test_a_budget_of_other_devices_is_not_taken(saved, tmp_path):
+    """Bits are other ones there anyway: on a processor of another kind, with another number of processes."""
+    make_trainer(tmp_path, max_steps=4).train()
+    file = tmp_path / "checkpoint-4" / _INTERVAL
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"workspaces": saved}))
+    with machine(1 << 20):
+        make_trainer(tmp_path, max_steps=5).train(resume_from_checkpoint=True)
+        assert default_workspace(torch.device("cpu")) == 1 << 16
 
 
 def test_half_a_checkpoint_is_passed_over(tmp_path):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fsdp_on_cpus import FSDPOnCPUs
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
-from train_worker import make_trainer
+from train_worker import machine, make_trainer
 
 from cosup.data.schema import Instance, Reference
 from cosup.losses import co_supervision_loss
@@ -183,13 +183,17 @@ def refused(folder: Path, world: int) -> list[str]:
 
 
 def resumed(config: type[CoSupConfig] = CoSupConfig, **options):
-    """A whole run, and one from its checkpoint at step 4: dropout, shuffling, AdamW, accumulation, a queue."""
+    """A whole run, and one from its checkpoint at step 4: dropout, shuffling, AdamW, accumulation, a queue; on machines
+    of much and of little free memory, the second run on the contrary ones."""
     options |= dict(config=config, max_steps=7, logging_steps=3, queue_size=9, micro_batch_size=1, ddp_timeout=30)
 
     def run(folder: Path, world: int) -> dict:
         runs = [make_trainer(folder, **options) for _ in range(2)]
-        runs[0].train()
-        runs[1].train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+        free = [1 << 30, 1 << 12] if runs[0].args.process_index else [1 << 12, 1 << 30]
+        with machine(free[0]):
+            runs[0].train()
+        with machine(free[1]):
+            runs[1].train(resume_from_checkpoint=str(folder / "checkpoint-4"))
         names = ("loss", "ntp_loss", "nsp_loss", "retrieval_accuracy", "grad_norm", "step")
         return {
             "weights": [dict(whole(run.model.state_dict().items())) for run in runs],

@@ -7,10 +7,12 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from cosup import walk
 from cosup.model import GenCtxConfig, GenCtxModel
 from cosup.train import CoSupConfig, CoSupTrainer
 from tiny import tiny_encoder, tiny_instances, tiny_passages, tiny_tokenizer
@@ -43,6 +45,11 @@ def make_trainer(folder: Path, callbacks: list[TrainerCallback] | None = None, c
             passages=tiny_passages(N),
             callbacks=callbacks,
         )
+
+
+def machine(free: int):
+    """A context: a new process, on a machine with so many bytes free, where even the least budget follows them."""
+    return mock.patch.multiple(walk, LEAST_WORKSPACE=0, _free_bytes=lambda device: free, _workspaces={})
 
 
 class Hang(TrainerCallback):

@@ -32,7 +32,7 @@ def write(name: str, text: str, out: Path, *, tokens: int) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model, tokenizer = pretrained.load(
-        "model", AutoModelForCausalLM, name, dtype=dtype, attn_implementation=None, num_layers=None
+        "model", AutoModelForCausalLM, name, dtype=dtype, attn_implementation="auto", num_layers=None
     )
     pretrained.check_head(model)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: tokens + 1]

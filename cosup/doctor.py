@@ -34,7 +34,8 @@ def examine() -> list[Finding]:
         _gpu(),
         _triton(),
         _workspace(),
-        _optional("flash-attn", "attention is SDPA", "pip install flash-attn" if torch.cuda.is_available() else ""),
+        _flash_attention("flash-attn-4", 9),
+        _flash_attention("flash-attn", 8),
         _optional("gguf", "`cosup data smollm2` needs it", "pip install gguf"),
     ]
     return found
@@ -96,6 +97,15 @@ def _triton() -> Finding:
 def _workspace() -> Finding:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return Finding("workspace", f"{default_workspace(device) >> 20} MiB on {device}, if no workspace_bytes= is given")
+
+
+def _flash_attention(name: str, least: int) -> Finding:
+    """``least``: the major compute capability that it needs."""
+    fits = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= least
+    found = version(name)
+    if found and not fits:
+        return Finding(name, f"{found}, idle: it needs a GPU of compute capability {least}.0")
+    return _optional(name, "attention is another one, or SDPA", f"pip install {name}" if fits else "")
 
 
 def version(name: str) -> str | None:

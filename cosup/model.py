@@ -213,7 +213,7 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         *,
         config: GenCtxConfig | None = None,
         dtype: torch.dtype = torch.float32,
-        attn_implementation: str | None = None,
+        attn_implementation: str | None = "auto",
         num_layers: int | None = None,
     ) -> "GenCtxModel":
         """A folder that `save_pretrained` wrote, or a new pair of any two hub ids or model folders.
@@ -226,7 +226,8 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
             config: of a saved folder it overrides what was saved, but for shared_weights. A learned temperature stays
                 where config's is that of the saved config.
             dtype: of the weights; float32 to train (mixed precision is the trainer's).
-            attn_implementation: as in transformers.
+            attn_implementation: "auto" for flash-attn, 16-bit weights, the newest that runs here, else transformers'
+                own choice (None); or a name, as in transformers.
             num_layers: keep the first layers of both.
 
         Raises ValueError, naming the argument and the folder or hub id, where one cannot be loaded.

@@ -5,7 +5,6 @@
 The head is computed by the losses, never here; so a model whose head is of another form is refused.
 """
 
-import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    utils,
 )
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.utils import logging
@@ -39,6 +40,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or hub id. num_layers: keep the first layers; None: all.
 
+    attn_implementation: "auto", for the first of `flash_attention` that there is; else as in transformers.
+
     weights=False: the folder has none, and those of the model are to be overwritten.
 
     Raises ValueError, naming the role and the folder or hub id: not there, of another kind, without some weights, fewer
@@ -53,8 +56,8 @@ def load(
         config = AutoConfig.from_pretrained(name)
         if num_layers is not None:
             _keep_layers(config.get_text_config(), num_layers)
-        if attn_implementation is None and _has_flash_attention() and dtype in (torch.float16, torch.bfloat16):
-            attn_implementation = "flash_attention_2"
+        if attn_implementation == "auto":
+            attn_implementation = flash_attention(auto._model_mapping.get(type(config), None), config, dtype)
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
         if not weights:
             model = auto.from_config(config, **options)
@@ -74,8 +77,26 @@ def load(
         logging.set_verbosity(verbosity)
 
 
-def _has_flash_attention() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+def flash_attention(model: Any, config: PretrainedConfig, dtype: torch.dtype) -> str | None:
+    """What "auto" chooses for a class of models: flash-attn 4, else 2, else None: as transformers chooses, mostly SDPA.
+
+    Both are for 16-bit weights on a GPU, 2 from compute capability 8.0. 4 is for 9.0 and later (Hopper, Blackwell), for
+    widths of a head that it has on all of these, and for attention without dropout: it has none, and transformers would
+    leave it out.
+
+    Source: flash_attn/cute/interface.py of flash-attn-4 4.0.0b30.
+    """
+    on_gpu = dtype in (torch.float16, torch.bfloat16) and torch.cuda.is_available()
+    if not on_gpu or not getattr(model, "_supports_flash_attn", False):
+        return None
+    generation, _ = torch.cuda.get_device_capability()
+    text = config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    drops_out = any("att" in name and "drop" in name and rate for name, rate in vars(text).items())
+    is_flash_attn_4_available = getattr(utils, "is_flash_attn_4_available", lambda: False)  # no such in older ones
+    if generation >= 9 and width % 8 == 0 and width <= 128 and not drops_out and is_flash_attn_4_available():
+        return "flash_attention_4"
+    return "flash_attention_2" if generation >= 8 and utils.is_flash_attn_2_available() else None
 
 
 @torch.no_grad()

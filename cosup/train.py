@@ -77,7 +77,10 @@ class CoSupConfig(TrainingArguments):
     eval_instances: str | None = field(default=None, metadata={"help": "JSONL of held-out instances."})
     on_bad_line: Literal["raise", "skip"] = field(default="raise", metadata={"help": "What a bad JSONL line does."})
     num_layers: int | None = field(default=None, metadata={"help": "Keep the first layers only, of both models."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "As in transformers."})
+    attn_implementation: str | None = field(
+        default="auto",
+        metadata={"help": "auto: flash-attn for 16-bit weights where it runs, else SDPA. Or transformers' name."},
+    )
     preset: Literal["default", "paper"] | None = field(
         default=None, metadata={"help": "Gives the choices that are not given below; None: as a saved pair has them."}
     )

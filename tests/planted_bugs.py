@@ -41,6 +41,7 @@ PACKING = "tests/test_packing.py"
 SENTENCES, OF_SENTENCES = "cosup/integrations/sentence_transformers.py", "tests/test_integrations_sentence_transformers.py"
 ARCHITECTURES = "tests/test_patching_architectures.py"
 SITE, PREDICT = "tests/test_site.py", "tests/test_predict.py"
+FLASH = "tests/test_flash_attention.py"
 INDEX, MILVUS, OF_MILVUS = "cosup/index.py", "cosup/integrations/milvus.py", "tests/test_milvus.py"
 PAIRS, SIGMOID = "tests/test_sigmoid.py", "kernels/tile_sigmoid.py"
 CAMPAIGN, OF_CAMPAIGN = "bench/gpu/campaign.py", "tests/test_gpu_campaign.py"
@@ -469,6 +470,15 @@ BUGS = [
     Bug("workspace: beyond a group's limit", "cosup/walk.py", "[*free, *_free_in_cgroups(root)]", "free", "tests/test_plan.py -k control_groups"),
     Bug("workspace: the own group's limit alone", "cosup/walk.py", "(group, *group.parents)", "(group,)", "tests/test_plan.py -k control_groups"),
     Bug("workspace: a group's cache counts as used", "cosup/walk.py", " + sum(map(int, reclaimable))", "", "tests/test_plan.py -k control_groups"),
+    Bug("flash: any package named flash_attn is 2", "cosup/pretrained.py", "utils.is_flash_attn_2_available()", "True", FLASH + " -k newest"),
+    Bug("flash: 4 on any GPU", "cosup/pretrained.py", "if generation >= 9 and", "if generation >= 8 and", FLASH + " -k newest"),
+    Bug("flash: 2 on any GPU", "cosup/pretrained.py", "if generation >= 8 and", "if True and", FLASH + " -k newest"),
+    Bug("flash: heads of any width", "cosup/pretrained.py", "width % 8 == 0 and width <= 128", "width", FLASH + " -k has_not"),
+    Bug("flash: dropout is left out", "cosup/pretrained.py", "and not drops_out and", "and", FLASH + " -k has_not"),
+    Bug("flash: of float32 weights", "cosup/pretrained.py", "on_gpu = dtype in (torch.float16, torch.bfloat16) and", "on_gpu =", FLASH + " -k newest"),
+    Bug("flash: of a model that has none", "cosup/pretrained.py", 'or not getattr(model, "_supports_flash_attn", False)', "", FLASH + " -k takes_none"),
+    Bug("flash: auto is a name", "cosup/pretrained.py", 'if attn_implementation == "auto":', "if False:", FLASH + " -k as_it_is"),
+    Bug("doctor: flash-attn-4 for an old GPU", "cosup/doctor.py", "torch.cuda.get_device_capability()[0] >= least", "least", FLASH + " -k doctor"),
     Bug("16-bit tiles: the target's logit rounded", STATS, "z, chain = to_logits(exact,", "_, chain = to_logits(exact,", TILES + " -k rounded"),
     Bug("16-bit tiles: ranks by the exact logit", STATS, "tl.sum(rounded, 0)", "tl.sum(z, 0)", TILES + " -k rounded"),
     Bug("16-bit tiles: columns by the rounded target", STATS, "        dot = tl.where(hit, tl.load(own_ptr", "        tl.where(hit, tl.load(own_ptr", TILES + " -k rounded"),

@@ -69,7 +69,8 @@ def test_doctor_says_the_same_as_one_json_object():
     said = json.loads(result.stdout)  # nothing else is on stdout
     assert said == {f.name: {"state": f.state, "advice": f.advice} for f in doctor.examine()}
     assert set(said) == {
-        "cosup", "python", *doctor.PACKAGES, "CPU kernels", "GPU", "GPU kernels", "workspace", "flash-attn", "gguf",
+        "cosup", "python", *doctor.PACKAGES, "CPU kernels", "GPU", "GPU kernels", "workspace",
+        "flash-attn-4", "flash-attn", "gguf",
     }  # fmt: skip
 
 

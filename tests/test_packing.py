@@ -262,18 +262,34 @@ def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     return torch.cat([attend(*(x[None] for x in part), causal, softmax_scale, window_size)[0] for part in parts])
 
 
+def flash_4(q, k, v, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0, deterministic=False):
+    """Those of flash-attn-4: no dropout, and the log-sum-exp comes too."""
+    assert softcap == 0.0
+    return attend(q, k, v, causal, softmax_scale, (-1, -1) if None in window_size else window_size), None
+
+
+def flash_varlen_4(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+                   softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0,
+                   deterministic=False):  # fmt: skip
+    assert softcap == 0.0
+    options = {"softmax_scale": softmax_scale, "window_size": (-1, -1) if None in window_size else window_size}
+    bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return flash_varlen(q, k, v, *bounds, causal=causal, **options), None
+
+
+@pytest.mark.parametrize("version, functions", [(2, (flash, flash_varlen)), (4, (flash_4, flash_varlen_4))])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 @pytest.mark.parametrize("max_length", [256, sum(LENGTHS)])
-def test_flash_attention_is_given_the_bounds(name, max_length, monkeypatch):
+def test_flash_attention_is_given_the_bounds(name, max_length, version, functions, monkeypatch):
     """transformers' own way to flash-attn, with its two functions written for a CPU."""
     model = model_of(tiny(name), max_length=max_length).double()
     padded, packed = collate(model, False), collate(model, True)
     want = losses_and_gradients(model, padded)
     utils = modeling_flash_attention_utils
-    functions = flash, flash_varlen, None, utils._pad_input, utils._unpad_input
+    functions = *functions, None, utils._pad_input, utils._unpad_input
     monkeypatch.setattr(utils, "_lazy_imports", lambda *args, **kwargs: functions)
     monkeypatch.setattr(utils, "_loaded_implementation", None)
-    model.gen.config._attn_implementation = "flash_attention_2"
+    model.gen.config._attn_implementation = f"flash_attention_{version}"
     assert_equal(losses_and_gradients(model, packed), want)
 
 

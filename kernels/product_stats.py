@@ -64,6 +64,7 @@ def _leave(dot, i, j, part_ptr, stride_field, stride_tile, target_logit_ptr, thr
            HAS_CAP: tl.constexpr, HAS_SOFT: tl.constexpr, HAS_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
            COLS: tl.constexpr):  # fmt: skip
     """Leave the statistic of a tile's products, and the logits of targets that stand in it."""
+    stride_field = tl.cast(stride_field, tl.int64)  # several of them go beyond 2^31
     r = i * BLOCK_R + tl.arange(0, BLOCK_R)
     s = j * COLS + tl.arange(0, COLS)
     own = tl.load(target_ptr + r, r < R, other=-1) - col0 - j * COLS  # the target's place in this tile
@@ -135,6 +136,7 @@ def _product_stats_kernel(x, w, stride_x, step_x, stride_w, step_w, part_ptr, st
 def _merge_kernel(part_ptr, stride_field, stride_tile, max_ptr, sum_ptr, dot_ptr, soft_ptr, above_ptr, R, tiles,
                   HAS_RANK: tl.constexpr, HAS_SOFT: tl.constexpr, BLOCK_R: tl.constexpr,
                   BLOCK_T: tl.constexpr):  # fmt: skip
+    stride_field = tl.cast(stride_field, tl.int64)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     run_max = tl.load(max_ptr + r, r < R, other=float("-inf"))
     run_sum = tl.load(sum_ptr + r, r < R, other=0.0)

@@ -41,6 +41,7 @@ PACKING = "tests/test_packing.py"
 SENTENCES, OF_SENTENCES = "cosup/integrations/sentence_transformers.py", "tests/test_integrations_sentence_transformers.py"
 ARCHITECTURES = "tests/test_patching_architectures.py"
 SITE, PREDICT = "tests/test_site.py", "tests/test_predict.py"
+OFFSETS = "tests/test_offsets.py"
 FLASH = "tests/test_flash_attention.py"
 INDEX, MILVUS, OF_MILVUS = "cosup/index.py", "cosup/integrations/milvus.py", "tests/test_milvus.py"
 PAIRS, SIGMOID = "tests/test_sigmoid.py", "kernels/tile_sigmoid.py"
@@ -479,6 +480,16 @@ BUGS = [
     Bug("flash: of a model that has none", "cosup/pretrained.py", 'or not getattr(model, "_supports_flash_attn", False)', "", FLASH + " -k takes_none"),
     Bug("flash: auto is a name", "cosup/pretrained.py", 'if attn_implementation == "auto":', "if False:", FLASH + " -k as_it_is"),
     Bug("doctor: flash-attn-4 for an old GPU", "cosup/doctor.py", "torch.cuda.get_device_capability()[0] >= least", "least", FLASH + " -k doctor"),
+    Bug("offsets: 32 bits, rows of statistics", STATS, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", OFFSETS),
+    Bug("offsets: 32 bits, rows of columns' statistics", STATS, "r.to(tl.int64)[:, None]", "r[:, None]", OFFSETS),
+    Bug("offsets: 32 bits, rows of coefficients", GRAD, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", OFFSETS),
+    Bug("offsets: 32 bits, rows of pairs", SIGMOID, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", OFFSETS),
+    Bug("offsets: 32 bits, rows put back", "kernels/rows.py", "n = tl.program_id(0).to(tl.int64)", "n = tl.program_id(0)", OFFSETS),
+    Bug("offsets: 32 bits, features gathered", "kernels/rows.py", "d.to(tl.int64) * step", "d * step", OFFSETS),
+    Bug("offsets: 32 bits, targets' features", "kernels/target_dots.py", "tl.arange(0, BLOCK_D).to(tl.int64)", "tl.arange(0, BLOCK_D)", OFFSETS),
+    Bug("offsets: 32 bits, rows of merged products", FUSED, "r.to(tl.int64)[:, None] * stride", "r[:, None] * stride", OFFSETS),
+    Bug("offsets: 32 bits, features of merged products", FUSED, "f.to(tl.int64) * step", "f * step", OFFSETS),
+    Bug("offsets: 32 bits, fields of merged products", FUSED, "stride_field = tl.cast(stride_field, tl.int64)\n    r = tl", "r = tl", OFFSETS),
     Bug("16-bit tiles: the target's logit rounded", STATS, "z, chain = to_logits(exact,", "_, chain = to_logits(exact,", TILES + " -k rounded"),
     Bug("16-bit tiles: ranks by the exact logit", STATS, "tl.sum(rounded, 0)", "tl.sum(z, 0)", TILES + " -k rounded"),
     Bug("16-bit tiles: columns by the rounded target", STATS, "        dot = tl.where(hit, tl.load(own_ptr", "        tl.where(hit, tl.load(own_ptr", TILES + " -k rounded"),

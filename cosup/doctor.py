@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cosup import gemm
 from cosup.kernels import native
-from cosup.walk import default_workspace
+from cosup.walk import LEAST_CAPABILITY, default_workspace, runs_triton
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "faiss-cpu", "bm25s", "numpy")
 
@@ -91,12 +91,19 @@ def _gpu() -> Finding:
 def _triton() -> Finding:
     if version("triton") is None:
         return Finding("GPU kernels", "PyTorch path: Triton is missing", "pip install triton (Linux)")
+    if torch.cuda.is_available() and not runs_triton(_device()):
+        least, has = (f"{major}.{minor}" for major, minor in (LEAST_CAPABILITY, torch.cuda.get_device_capability()))
+        return Finding("GPU kernels", f"PyTorch path: Triton needs compute capability {least}, this GPU has {has}")
     return Finding("GPU kernels", "Triton" if torch.cuda.is_available() else "Triton, idle without a GPU")
 
 
 def _workspace() -> Finding:
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = _device()
     return Finding("workspace", f"{default_workspace(device) >> 20} MiB on {device}, if no workspace_bytes= is given")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _flash_attention(name: str, least: int) -> Finding:

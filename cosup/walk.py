@@ -47,6 +47,7 @@ CGROUPS = {
 }
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+LEAST_CAPABILITY = (8, 0)  # of a GPU: what Triton supports, and its kernels here are compiled for in the tests
 # 4 times the FLOP that a processor does while it moves a byte, about 16 and 250: for each column a block of R rows has
 # 2 R D FLOP in a product, and moves 8 D bytes of the table's gradient. On CUDA ``cosup.steps`` says more.
 LEAST_ROWS = {"cpu": 64, "cuda": 1024}
@@ -432,22 +433,32 @@ def resolve(backend: str, x: Tensor) -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    device = x.device.type
+    device, triton = x.device.type, runs_triton(x.device)
     # those of bfloat16 are wrong in the interpreter
-    fused_dtypes = [torch.float16, torch.bfloat16] if device == "cuda" else [torch.float16] if INTERPRETED else []
+    fused_dtypes = [torch.float16, torch.bfloat16] if device == "cuda" else [torch.float16]
     runs = {
         "reference": True,
         "native": device == "cpu" and x.dtype != torch.float64 and bool(native.AVAILABLE),
-        "triton": (device == "cuda" or INTERPRETED) and x.dtype != torch.float64 and HAS_TRITON,
-        "fused": x.dtype in fused_dtypes and HAS_TRITON,
+        "triton": triton and x.dtype != torch.float64,
+        "fused": triton and x.dtype in fused_dtypes,
     }
     if backend == "auto":
         return next(
             name for name in ("native", "triton", "reference") if runs[name] and (name, device) != ("triton", "cpu")
         )
     if not runs[backend]:
-        raise ValueError(f"backend {backend!r} does not run on {device} with {x.dtype}; see `cosup doctor`")
+        old = device == "cuda" and HAS_TRITON and not triton
+        where = f"{device} below compute capability {'.'.join(map(str, LEAST_CAPABILITY))}" if old else device
+        raise ValueError(f"backend {backend!r} does not run on {where} with {x.dtype}; see `cosup doctor`")
     return backend
+
+
+@torch.compiler.assume_constant_result
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton is there and its kernels run on this device, or in the interpreter."""
+    if device.type != "cuda":
+        return HAS_TRITON and INTERPRETED
+    return HAS_TRITON and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 def narrowed(backend: str, x: Tensor, scale: float | None) -> str:
@@ -474,7 +485,7 @@ def tile_kernels(backend: str, x: Tensor, sigmoid: bool = False) -> Kernels:
             return Kernels(native.sigmoid_stats, native.column_stats, native.sigmoid_grad)
         return Kernels(native.tile_stats, native.column_stats, native.tile_grad)
     if backend == "reference":
-        if x.dtype != torch.float64 and not (native.AVAILABLE if x.device.type == "cpu" else HAS_TRITON):
+        if x.dtype != torch.float64 and not (native.AVAILABLE if x.device.type == "cpu" else runs_triton(x.device)):
             _warn_slow()
         if sigmoid:
             return Kernels(reference.sigmoid_stats, reference.column_stats, reference.sigmoid_grad)

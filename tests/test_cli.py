@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,28 @@ def test_another_run_is_not_taken_up_unasked(files):
     arguments = ["train", "--gen", "x", "--instances", "x", "--passages", "x", "--output_dir", str(files / "old")]
     result = CliRunner().invoke(cli.app, arguments)
     assert "holds checkpoints; add --resume" in str(result.exception)
+
+
+@pytest.mark.parametrize("capability, runs", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_a_gpu_too_old_for_triton_takes_the_pytorch_path(capability, runs, monkeypatch):
+    """An x that says it is on a GPU; no kernel is launched."""
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert walk.resolve("auto", x) == ("triton" if runs else "reference")
+    walk._warn_slow.cache_clear()
+    if runs:
+        assert walk.resolve("fused", x) == "fused"
+        assert doctor._triton() == doctor.Finding("GPU kernels", "Triton")
+        return
+    for backend in ("triton", "fused"):
+        with pytest.raises(ValueError, match=f"'{backend}' does not run on cuda below compute capability 8.0 with"):
+            walk.resolve(backend, x)
+    with pytest.warns(UserWarning, match="slower PyTorch path.*cosup doctor"):
+        walk.tile_kernels("reference", x)
+    said = "PyTorch path: Triton needs compute capability 8.0, this GPU has 7.5"
+    assert doctor._triton() == doctor.Finding("GPU kernels", said)
 
 
 def test_without_native_kernels_one_warning_and_the_same_loss(monkeypatch):

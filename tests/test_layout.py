@@ -66,6 +66,24 @@ def test_import_direction(path):
             assert top != "cosup" or rest[0] in MAY_IMPORT[room(path)], f"{path} imports {name}"
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/*.py")), ids=lambda path: path.name)
+def test_every_launch_is_on_the_device_of_its_tensors(path):
+    """Triton launches on the current device, whichever holds the tensors."""
+
+    def launches(node, guarded):
+        guarded = guarded or isinstance(node, ast.With) and "torch.cuda.device_of(" in ast.unparse(node.items[0])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            yield node, guarded
+        for child in ast.iter_child_nodes(node):
+            yield from launches(child, guarded)
+
+    tree = ast.parse(path.read_text())
+    found = list(launches(tree, False))
+    assert all(guarded for _, guarded in found), [ast.unparse(node.func) for node, guarded in found if not guarded]
+    if path.name.startswith(("tile_", "row", "scale", "product", "target_")):
+        assert found
+
+
 def test_every_room_is_listed():
     assert {room(path) for path in FILES} <= set(MAY_IMPORT)
 

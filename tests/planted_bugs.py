@@ -258,7 +258,7 @@ BUGS = [
     Bug("processes: the queue counts on each", "cosup/train.py", "parts.append((past[self._share], past_ids[self._share]))", "parts.append((past, past_ids))", TRAIN_RANKS + " -k count_once"),
     Bug("processes: a queue of its own", "cosup/train.py", "process_group=self._group, device=args.device", "device=args.device", TRAIN_RANKS + " -k count_once"),
     Bug("processes: drawn passages on each", "cosup/train.py", "[: self._extra_passages][self._share]", "[: self._extra_passages]", TRAIN_RANKS + " -k shared_out"),
-    Bug("processes: drawn passages that others hold", "cosup/train.py", "            held = sum(everywhere, [])\n", "", TRAIN_RANKS + " -k shared_out"),
+    Bug("processes: drawn passages that others hold", "cosup/train.py", "            held = sum(self._of_all_ranks(held), [])\n", "            pass\n", TRAIN_RANKS + " -k shared_out"),
     Bug("processes: local draws alike", "cosup/train.py", "name += f\" {self.args.process_index}\"", "pass", TRAIN_RANKS + " -k shared_out"),
     Bug("processes: held-out rows twice", "cosup/train.py", "self.accelerator.even_batches, False", "self.accelerator.even_batches, True", TRAIN_RANKS + " -k held_out"),
     Bug("processes: own held-out sums", "cosup/train.py", "self._sum_over_ranks(sums).tolist()", "sums.tolist()", TRAIN_RANKS + " -k held_out"),

@@ -124,6 +124,7 @@ def noted(monkeypatch, absent):
     for module in (softmax, ops):  # the walk itself, not what tracing takes for it
         monkeypatch.setattr(module, "call", lambda op, *arguments: direct._DIRECT[op](*arguments))
     monkeypatch.setattr(torch.cuda, "device_of", lambda t: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(product, "_processors", lambda t: 132)
 
     walked = ops.walk

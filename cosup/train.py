@@ -700,7 +700,7 @@ class CoSupTrainer(Trainer):
             interval = json.loads(path.read_text(encoding="utf-8"))
             self._sums = torch.tensor(interval["sums"], dtype=torch.float64, device=self.args.device)
             self._steps, self._seconds, self._mark = interval["steps"], interval["seconds"], time.perf_counter()
-            workspaces = interval["workspaces"]
+            workspaces = interval.get("workspaces", [])  # none: an older checkpoint
             if len(workspaces) == self.args.world_size:
                 kind, workspace = workspaces[self.args.process_index]
                 if kind == self._kind_of_device():  # bits of another kind differ anyway

@@ -453,13 +453,15 @@ def resolve(backend: str, x: Tensor) -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result
 def runs_triton(device: torch.device) -> bool:
     """Whether Triton is there and its kernels run on this device, or in the interpreter."""
     if device.type != "cuda":
         return HAS_TRITON and INTERPRETED
     return HAS_TRITON and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
+
+# torch.compile does not look into it: what torch.compiler.assume_constant_result does, which imports the whole compiler
+setattr(runs_triton, "_dynamo_marked_constant", True)  # noqa: B010
 
 def narrowed(backend: str, x: Tensor, scale: float | None) -> str:
     """The kernels on tiles of the operands' own dtype, where they are as exact as plain PyTorch: if the host knows that

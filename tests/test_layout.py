@@ -1,6 +1,8 @@
 """The import direction is the data flow; kernels/ must not hide Hugging Face's `kernels`."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,12 @@ def test_every_room_is_listed():
 def test_the_command_starts_others_lazily():
     top = [n for n in ast.parse((ROOT / "cosup/cli.py").read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
     assert not [ast.unparse(n) for n in top if "cosup" in ast.unparse(n)]
+
+
+def test_the_package_brings_neither_compiler_nor_transformers():
+    """What takes seconds to import waits until it is called for."""
+    call = "import sys, cosup; sys.exit(' '.join({'torch._dynamo', 'transformers', 'faiss'} & {*sys.modules}) or None)"
+    subprocess.run([sys.executable, "-c", call], check=True)
 
 
 def test_bare_kernels_stays_free():

@@ -23,7 +23,7 @@ def raising(stage):
 
 
 def hanging(stage):
-    stage.line("before", ms=3.0)
+    stage.line("times", began=time.time())
     time.sleep(60)
 
 

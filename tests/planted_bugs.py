@@ -565,7 +565,7 @@ BUGS = [
         OF_CAMPAIGN + " -k side_by_side"),
     Bug("gpu: one stage after the other", CAMPAIGN, "while stage.alone and self.running:", "while self.running:",
         OF_CAMPAIGN + " -k side_by_side"),
-    Bug("gpu: a stage outlives its campaign", CAMPAIGN, "(campaign.join(), os._exit(1))", "campaign.join()", OF_CAMPAIGN + " -k killed_campaign"),
+    Bug("gpu: a stage outlives its campaign", CAMPAIGN, "(campaign.join(), os._exit(1))", "campaign.join()", OF_CAMPAIGN + " -k ends_with_its_campaign"),
     Bug("gpu: kernels may change", CAMPAIGN, '("cosup", "cosup.kernels", "cosup.bench"):', '("cosup", "cosup.bench"):',
         OF_CAMPAIGN + " -k identity"),
     Bug("gpu: a wrong gradient is right", "bench/gpu/correct.py", "return max(2 * theirs,", "return max(50 * theirs,",

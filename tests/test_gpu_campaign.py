@@ -169,6 +169,23 @@ def test_a_wrong_gradient_is_said(dtype, tmp_path, monkeypatch):
     assert said == {"wrong": 1, "right": 0}
 
 
+def test_a_stage_ends_with_its_campaign(tmp_path):
+    call = f"""
+from cosup.bench.gpu import campaign
+campaign.gpu = lambda: ("a card", "1.2")
+campaign.STAGES = (campaign.Stage("hanging", "gpu_stages.hanging", 60, 0),)
+campaign.run(["--out", {str(tmp_path)!r}])
+"""
+    started = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT / "tests", stdout=subprocess.DEVNULL)
+    file = tmp_path / "gpu.jsonl"
+    while started.poll() is None and (not file.exists() or len(lines_of(file)) < 2):
+        time.sleep(0.05)
+    processes = psutil.Process(started.pid).children(recursive=True)
+    started.kill()
+    started.wait()
+    assert processes and not psutil.wait_procs(processes, timeout=20)[1]
+
+
 QUICK = ("machine", "correct.ranks", "correct.devices", "losses.few-rows", "ignored", "bad-target")
 
 
@@ -183,7 +200,6 @@ def test_a_killed_campaign_is_finished_by_a_second_call(tmp_path):
         time.sleep(0.05)
     started = psutil.Process(first.pid).children(recursive=True)
     next(process for process in started if "cosup.bench.gpu" in process.cmdline()).kill()
-    assert not psutil.wait_procs(started, timeout=60)[1]  # stages end with their campaign
     first.wait()
     half = lines_of(file)
     assert 2 <= len(ends(half)) < len(QUICK)

@@ -17,7 +17,7 @@ from cosup import gemm
 from cosup.kernels import native
 from cosup.walk import default_workspace
 
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "faiss-cpu", "bm25s", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy")
 
 
 class Finding(NamedTuple):
@@ -35,6 +35,8 @@ def examine() -> list[Finding]:
         _triton(),
         _workspace(),
         _optional("flash-attn", "attention is SDPA", "pip install flash-attn" if torch.cuda.is_available() else ""),
+        _optional("faiss-cpu", "indexes are exact, by torch", "pip install 'cosup[faiss]'"),
+        _optional("bm25s", "`cosup eval` and `cosup demo` need it", "pip install 'cosup[bm25]'"),
         _optional("gguf", "`cosup data smollm2` needs it", "pip install gguf"),
     ]
     return found

@@ -376,7 +376,7 @@ BUGS = [
     Bug("resume: random state not restored", "cosup/train.py", "        super()._load_optimizer_and_scheduler(checkpoint)\n",
         "        super()._load_optimizer_and_scheduler(checkpoint)\n        torch.manual_seed(1)\n        self._load_rng_state = lambda _: None\n",
         "tests/test_train.py"),
-    Bug("patch: scale forgotten", DEFERRED, "return self._with(scale=self.scale * factor)", "return self", PATCH + " -k loss_and_gradients"),
+    Bug("patch: scale forgotten", DEFERRED, "return replace(self, scale=self.scale * factor)", "return self", PATCH + " -k loss_and_gradients"),
     Bug("patch: scale inside the soft cap", DEFERRED, "self.scale if self.cap is None else self.scale * self.cap", "self.scale",
         PATCH + " -k loss_and_gradients"),
     Bug("patch: no bias", DEFERRED, "bias = None if self.bias is None else self.bias[: self.width]", "bias = None", PATCH + " -k loss_and_gradients"),

@@ -86,6 +86,11 @@ def test_of_equal_scores_the_earlier_comes_first(tile, queries: int, size: int, 
     assert (rows.numpy() == order).all() and (scores.numpy() == np.take_along_axis(wanted, order, 1)).all()
 
 
+def test_a_product_that_vanishes_is_zero_whatever_its_sign():
+    _, rows = nearest.nearest(torch.full((3, 1), -1e-30), torch.tensor([[1e-30], [0.0], [-1e-30]]), 3)
+    assert rows.tolist() == [[0, 1, 2]] * 3
+
+
 def test_search_is_in_float32_under_autocast():
     index, asked = build(), vectors(3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -96,7 +101,7 @@ def test_search_is_in_float32_under_autocast():
 
 def test_vectors_move_to_the_queries_once_where_half_of_the_free_memory_holds_them(monkeypatch: pytest.MonkeyPatch):
     table, cpu, cuda = vectors(), torch.device("cpu"), torch.device("cuda", 0)
-    for free, wanted in ((2 * table.nbytes, cuda), (2 * table.nbytes - 1, cpu)):
+    for free, wanted in ((2 * table.nbytes - 1, cpu), (2 * table.nbytes, cuda)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
         assert nearest.home(table, cuda) == wanted
     assert nearest.home(table, cpu) == cpu

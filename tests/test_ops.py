@@ -238,11 +238,22 @@ class OnlyOn(TorchDispatchMode):
         return result
 
 
+def meta_adds_in_float32() -> bool:
+    x, total = torch.empty(2, 2, dtype=torch.bfloat16, device="meta"), torch.empty(2, 2, device="meta")
+    try:
+        torch.addmm(total, x, x, out_dtype=total.dtype, out=total)
+    except TypeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("budget", [1 << 24, 1 << 19], ids=["whole rows", "slabs"])
 def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
     """As whole graphs and CUDA graphs need it: no value is asked, nothing copied from or to the host. Shown on the meta
     device, whose tensors have no values to ask for, by the operators' own code in place of their fake kernels."""
+    if dtype == torch.bfloat16 and not meta_adds_in_float32():
+        pytest.skip("this torch's addmm cannot take out_dtype on the meta device, as 2.11")
     for name in ("nll_stats", "loss_and_grads", "nll_stats_backward", "column_values", "sigmoid_loss", "lse_of_others",
                  "lse_of_others_backward"):
         monkeypatch.setattr(ops, name, torch.no_grad()(getattr(ops, name)._init_fn))

@@ -166,8 +166,8 @@ class SequenceIndex:
     def search(self, queries: Tensor, k: int = 1) -> tuple[Tensor, list[list[Passage]]]:
         """The k passages of the highest score, best first, for each query.
 
-        queries: [Q, D] float -> scores [Q, k] float32 on the CPU, passages Q lists of k. "Flat" is searched on the
-        queries' device, and stays there, if half of that device's free memory holds it, else on the CPU; of equal
+        queries: [Q, D] float -> scores [Q, k] float32 on the CPU, passages Q lists of k. "Flat" moves to the
+        queries' device, and stays there, if half of its free memory holds it; else it is searched where it is. Of equal
         scores the earlier passage comes first. An index in cells (IVF) that finds fewer than k in those it looks at
         first looks at all.
 

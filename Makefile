@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs gpu-bundle clean
 
 demo: .venv/installed
 	$(BIN)/cosup demo $(ARGS)
@@ -24,6 +24,9 @@ docs: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable ".[dev,docs,gguf]"
 	$(BIN)/pip install --quiet --no-deps open_clip_torch==3.3.0  # one file of it is compared with; the rest needs torchvision
 	touch $@
+
+gpu-bundle:
+	PYTHON=$(PYTHON) bench/gpu/bundle.sh
 
 clean:
 	rm -rf .venv build *.egg-info kernels/*.so

@@ -55,8 +55,9 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    packages=["cosup", "cosup.data", "cosup.compat", "cosup.integrations", "cosup.kernels", "cosup.bench"],
-    package_dir={"cosup": "cosup", "cosup.kernels": "kernels", "cosup.bench": "bench"},
+    packages=["cosup", "cosup.data", "cosup.compat", "cosup.integrations", "cosup.kernels", "cosup.bench",
+              "cosup.bench.gpu"],
+    package_dir={"cosup": "cosup", "cosup.kernels": "kernels", "cosup.bench": "bench", "cosup.bench.gpu": "bench/gpu"},
     package_data={"cosup": ["py.typed"]},
     ext_modules=[Extension("cosup.kernels.native_library", [])] if sys.platform != "win32" else [],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},

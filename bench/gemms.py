@@ -6,22 +6,8 @@ import torch
 from torch import Tensor
 
 from cosup import gemm
-from cosup.counting import countable, worth_counting
-from cosup.plan import Plan, padded, plan
-from cosup.walk import NARROW, cost, narrowed, resolve
-
-
-def planned(x_ND: Tensor, w_MD: Tensor, rows: int, workspace_bytes: int, *, scale: float, ignores: bool = False,
-            **about: bool) -> tuple[Plan, str]:  # fmt: skip
-    """The plan and the kernels that a mean over so many rows of x takes; ``ignores``: where some may be ignored;
-    ``about``: as of ``cost``."""
-    backend = narrowed(resolve("auto", x_ND), x_ND, scale)
-    options = {"grads": True, "weights_known": x_ND.dtype != torch.float16, "workspace_bytes": workspace_bytes}
-    if ignores and countable(x_ND, w_MD, backend):
-        found = plan(rows, len(w_MD), cost(x_ND, backend, counted=True, **about), **options)
-        if worth_counting(found, x_ND.shape[1]):
-            return found, backend
-    return plan(rows, len(w_MD), cost(x_ND, backend, **about), **options), backend
+from cosup.plan import Plan, padded
+from cosup.walk import NARROW
 
 
 def torch_mm(x_ND: Tensor, w_MD: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:

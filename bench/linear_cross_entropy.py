@@ -6,6 +6,7 @@ python bench/linear_cross_entropy.py [--shape 2048 768 50257 ...] [--hidden-stat
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from cosup import linear_cross_entropy
 from cosup.bench import hidden_states, peers, report
-from cosup.bench.gemms import engine_gemms, planned, torch_mm
-from cosup.bench.measure import Problem, measure
+from cosup.bench.gemms import engine_gemms, torch_mm
+from cosup.bench.measure import Loss, Problem, measure
+from cosup.predict import planned
 from cosup.walk import default_workspace
 
 IGNORED = -100
@@ -52,46 +54,53 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     for shape in [None] if args.hidden_states else args.shape or SHAPES[device]:
         torch.manual_seed(0)
-        operands = (
-            hidden_states.read(args.hidden_states)
-            if shape is None
-            else _random(*shape, getattr(torch, args.dtype), device)
-        )
-        records.append(_run(*operands, args, device))
+        dtype = getattr(torch, args.dtype)
+        operands = hidden_states.read(args.hidden_states) if shape is None else random_operands(*shape, dtype, device)
+        x, w, target = (t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in operands)
+        name = "random" if shape else args.hidden_states.name
+        records.append(compare(x, w, target, args.workspace_mib, args.rounds, ignored=args.ignored, operands=name))
         report.show(title, records[-1])
         saved = report.save(title, records)  # after each: a later one may take the process down
     return saved
 
 
-def _run(x: Tensor, w: Tensor, target: Tensor, args: argparse.Namespace, device: str) -> dict[str, Any]:
-    x, w = (t.to(device, getattr(torch, args.dtype)).requires_grad_() for t in (x, w))
-    dense = target.to(device)
-    target = dense.masked_fill(torch.rand(len(dense), device=device) < args.ignored, IGNORED)
+def compare(x: Tensor, w: Tensor, dense: Tensor, workspace_mib: int, rounds: int, *, ignored: float = 0.0,
+            operands: str = "random", others: dict[str, Loss] | None = None,
+            until: float = math.inf) -> dict[str, Any]:  # fmt: skip
+    """The record of one problem: cosup beside others (None: every peer that is installed), all in turn.
+
+    Args:
+        dense: [N] labels, of which the share ``ignored`` is masked; times with none masked stand beside.
+        operands: What x and w are, for the record.
+        until: As of ``measure``.
+    """
+    x, w = (t.requires_grad_() for t in (x, w))
+    target = dense.masked_fill(torch.rand(len(dense), device=x.device) < ignored, IGNORED)
     (n, d), v = x.shape, len(w)
-    workspace = args.workspace_mib << 20
+    workspace = workspace_mib << 20
 
     # a CPU picks the rows that are not ignored; CUDA masks, whether or not there are any
-    rows = int((target != IGNORED).sum()) if device == "cpu" else n
-    on_gpu = device == "cuda"
-    ours, backend = planned(x, w, rows, workspace, scale=1.0, ignores=on_gpu, gathered=on_gpu or rows < n)
-    whole, _ = planned(x, w, n, workspace, scale=1.0, ignores=on_gpu, gathered=on_gpu)
+    on_gpu = x.is_cuda
+    rows = n if on_gpu else int((target != IGNORED).sum())
+    ours, backend, _ = planned(x, w, rows, workspace, scale=1.0, skips=on_gpu or rows < n)
+    whole, *_ = planned(x, w, n, workspace, scale=1.0, skips=on_gpu)
     print(f"plan: {ours}, {backend}")
     products = {  # of all rows, ignored or not
-        "three torch.mm": lambda: torch_mm(x, w, n if device == "cuda" else whole.block_rows),
+        "three torch.mm": lambda: torch_mm(x, w, n if on_gpu else whole.block_rows),
         "three GEMMs": lambda: engine_gemms(x, w, whole, backend),
     }
-    others, absent = peers.losses()
+    others, absent = peers.losses() if others is None else (others, {})
     losses = {"cosup": lambda x, w, t: linear_cross_entropy(x, w, t, workspace_bytes=workspace), **others}
-    problem = Problem(x, w, target, peers.plain, dense if args.ignored else None)
-    size = {"N": n, "D": d, "V": v, "dtype": args.dtype, "workspace_MiB": args.workspace_mib, "ignored": args.ignored,
-            "operands": args.hidden_states.name if args.hidden_states else "random"}  # fmt: skip
+    problem = Problem(x, w, target, peers.plain, dense if ignored else None)
+    size = {"N": n, "D": d, "V": v, "dtype": str(x.dtype).removeprefix("torch."), "workspace_MiB": workspace_mib,
+            "ignored": ignored, "operands": operands}  # fmt: skip
     return report.summarise(
-        measure(problem, products, losses, args.rounds), size=size, products=(*products,), flop=6 * n * d * v,
+        measure(problem, products, losses, rounds, until), size=size, products=(*products,), flop=6 * n * d * v,
         gradient_bytes=(n + v) * d * x.element_size(), stated_bytes=ours.workspace_bytes, absent=absent,
     )  # fmt: skip
 
 
-def _random(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def random_operands(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     x = (0.5 * torch.randn(n, d, device=device)).to(dtype)
     w = (0.05 * torch.randn(v, d, device=device)).to(dtype)
     return x, w, torch.randint(v, (n,), device=device)

@@ -15,6 +15,7 @@ PyTorch's gradients in float64. A method that raises is a result: ``failed`` say
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -42,9 +43,16 @@ class Problem(NamedTuple):
 
 
 def measure(
-    problem: Problem, products: dict[str, Callable[[], object]], losses: dict[str, Loss], rounds: int
+    problem: Problem,
+    products: dict[str, Callable[[], object]],
+    losses: dict[str, Loss],
+    rounds: int,
+    until: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """A row for each method: the bare matrix products, which have no loss, and the losses."""
+    """A row for each method: the bare matrix products, which have no loss, and the losses.
+
+    until: no method and no round but the first begins after this reading of ``time.monotonic``.
+    """
     x, w, target, _, dense, _ = problem
     runs: dict[str, dict[str, Callable[[], object]]] = {name: {"seconds": run} for name, run in products.items()}
     for name, loss in losses.items():
@@ -61,16 +69,20 @@ def measure(
     for name, passes in runs.items():
         row = rows[name] = {"method": name, "failed": None, "peak_bytes": None} | {key: [] for key in passes}
         with recorded(row):
+            if time.monotonic() > until:
+                raise TimeoutError("no time left")
             for run in passes.values():
                 run()
             row["peak_bytes"] = peak_bytes(passes["seconds"])
-    for _ in range(rounds):
+    for done in range(rounds):
+        if done and time.monotonic() > until:
+            break
         for name, passes in runs.items():
             for key, run in passes.items():
                 if not rows[name]["failed"]:
                     with recorded(rows[name]):
-                        seconds, host = _seconds(run)
-                        rows[name][key].append(seconds)
+                        taken, host = seconds(run)
+                        rows[name][key].append(taken)
                         if host and key == "seconds":
                             rows[name].setdefault("host_seconds", []).append(host)
     _measure_errors(problem, losses, rows)
@@ -135,7 +147,7 @@ def _errors(found: Tensor, true: Tensor) -> tuple[float, float]:
     return (off.norm() / size.norm()).item(), (off / size.clamp(min=torch.finfo(size.dtype).tiny)).mean().item()
 
 
-def _seconds(run: Callable[[], object]) -> tuple[float, float | None]:
+def seconds(run: Callable[[], object]) -> tuple[float, float | None]:
     """Of a call; on CUDA also in which the host has started it."""
     gc.collect()
     start = time.perf_counter()

@@ -2,10 +2,11 @@
 
 python bench/patched_model.py [--vocabulary 49152] [--batch 8 512] [--layers 2] [--width 576] [--steps 5]
 
-A step is forward, backward and AdamW. Each model has a process of its own, and they take their steps in turn, so that
-the machine is alike to both.
+A step is forward, backward and AdamW, on a GPU in bfloat16. Each model has a process of its own, and they take their
+steps in turn, so that the machine is alike to both.
 
-    resident_bytes    the most that the process held in a step: libraries, weights, optimizer, and what the step takes
+    resident_bytes    the most that the process held in a step: libraries, weights, optimizer, and what the step takes;
+                      on a GPU the most that was allocated there
     step_bytes        the same above what it had to hold before the step: activations, gradients and the loss
 
 The memory is of one more step, not timed, before which what glibc keeps of freed memory was given back: a step must not
@@ -34,18 +35,20 @@ import cosup
 from cosup.bench import report
 
 MODELS = ("plain", "patched")
+SIZES = {"cpu": {"vocabulary": 49152, "batch": [8, 512], "layers": 2, "width": 576},
+         "cuda": {"vocabulary": 128256, "batch": [8, 1024], "layers": 4, "width": 2048}}  # fmt: skip
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("cosup bench patched-model", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
-    parser.add_argument("--vocabulary", type=report.positive, default=49152, help="(%(default)s)")
-    parser.add_argument("--batch", type=report.positive, nargs=2, default=[8, 512], metavar=("ROWS", "TOKENS"),
-                        help="(%(default)s)")  # fmt: skip
-    parser.add_argument("--layers", type=report.positive, default=2, help="(%(default)s)")
-    parser.add_argument("--width", type=report.positive, default=576, help="a multiple of 64 (%(default)s)")
+    parser.add_argument("--vocabulary", type=report.positive, help="(%(default)s)")
+    parser.add_argument("--batch", type=report.positive, nargs=2, metavar=("ROWS", "TOKENS"), help="(%(default)s)")
+    parser.add_argument("--layers", type=report.positive, help="(%(default)s)")
+    parser.add_argument("--width", type=report.positive, help="a multiple of 64 (%(default)s)")
     parser.add_argument("--steps", type=report.positive, default=5, help="of which the quickest counts (%(default)s)")
     parser.add_argument("--model", choices=MODELS, help=argparse.SUPPRESS)  # a process of one model
+    parser.set_defaults(**SIZES[_device()])
     args = parser.parse_args(arguments)
     if args.width % 64:
         parser.error(f"--width: wanted a multiple of 64, got {args.width}")
@@ -53,7 +56,13 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    record = compare(sys.argv[1:] if arguments is None else arguments)
+    report.show("patched_model", record)
+    return report.save("patched_model", [record])
+
+
+def compare(arguments: Sequence[str]) -> dict[str, Any]:
+    """The record of both models' steps."""
     args = options(arguments)
     command = [sys.executable, __file__, *arguments, "--model"]
     processes = {
@@ -76,9 +85,11 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if not plain["failed"] and not patched["failed"]:
         patched["plain_ratio"] = min(patched["step_seconds"]) / min(plain["step_seconds"])
     size = {name: getattr(args, name) for name in ("vocabulary", "batch", "layers", "width")}
-    record = {"size": size, "rows": rows, "absent": {}}
-    report.show("patched_model", record, "cpu")
-    return report.save("patched_model", [record], "cpu")
+    return {"size": size, "rows": rows, "absent": {}}
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _row(name: str, steps: list[dict[str, Any]], wanted: int) -> dict[str, Any]:
@@ -98,28 +109,41 @@ def take_steps(args: argparse.Namespace) -> None:
         vocab_size=args.vocabulary, hidden_size=args.width, intermediate_size=args.width * 8 // 3,
         num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).train()
+    device = _device()
+    model = LlamaForCausalLM(config).train().to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     if args.model == "patched":
         cosup.patch(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(args.vocabulary, tuple(args.batch))
+    ids = torch.randint(args.vocabulary, tuple(args.batch), device=device)
     for line in sys.stdin:
         optimizer.zero_grad()
         if line == "memory\n":
             _forget()
-        before = psutil.Process().memory_info().rss
+        before = _held()
         start = time.perf_counter()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
+        loss = loss.item()  # waits for the device
         seconds = time.perf_counter() - start
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        row = {"seconds": seconds, "before_bytes": before, "resident_bytes": resident, "loss": loss.item()}
+        row = {"seconds": seconds, "before_bytes": before, "resident_bytes": _most(), "loss": loss}
         print(json.dumps(row), flush=True)
+
+
+def _held() -> int:
+    return torch.cuda.memory_allocated() if _device() == "cuda" else psutil.Process().memory_info().rss
+
+
+def _most() -> int:
+    if _device() == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _forget() -> None:
     """Give freed memory, which glibc keeps, back to the system; take what is held now for the most that was."""
+    if _device() == "cuda":
+        return torch.cuda.reset_peak_memory_stats()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -38,17 +38,19 @@ def subjects() -> list[Subject]:
     if torch.cuda.is_available():
         rows = 8192 if torch.cuda.get_device_properties(0).total_memory > 40e9 else 2048
         head, square = f"--shape {rows} 4096 128256", "--shape 8192 8192 256"
+        steps = "--steps 3"
     else:
         parts = min(torch.get_num_threads(), THREADS)
         head = f"--shape {2048 * parts // THREADS} 768 32768 --rounds 2"
         square = f"--shape {8192 * parts // THREADS} {8192 * parts // THREADS} 256 --rounds 3"
+        steps = "--vocabulary 32768 --batch 4 256 --steps 3"
     return [
         Subject("linear_cross_entropy", "linear_cross_entropy", head, "--rounds 2"),
         Subject("linear_cross_entropy, labels ignored", "linear_cross_entropy", f"{head} --ignored 0.75",
                 "--rounds 2 --ignored 0.75"),
         Subject("info_nce", "info_nce", square, ""),
         Subject("info_nce, symmetric", "info_nce", f"{square} --symmetric", "--symmetric"),
-        Subject("patched model", "patched-model", "--vocabulary 32768 --batch 4 256 --steps 3", "", cpu_only=True),
+        Subject("patched model", "patched-model", steps, ""),
         Subject("info_nce over ranks", "ranks", "--ranks 1 2 --rows 1024 4096 256 --rounds 3", "", cpu_only=True),
         Subject("info_nce over ranks, symmetric", "ranks",
                 "--ranks 1 2 --rows 1024 4096 256 --rounds 3 --symmetric", "--symmetric", cpu_only=True),

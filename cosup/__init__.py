@@ -6,6 +6,7 @@ from cosup import nn
 from cosup.contrastive import info_nce, sigmoid_loss
 from cosup.gradcache import cached_encode
 from cosup.losses import co_supervision_loss, linear_cross_entropy, linear_log_prob
+from cosup.predict import Prediction, plan_for
 from cosup.softmax import RowStats
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ __all__ = [
     "CoSupTrainer",
     "GenCtxConfig",
     "GenCtxModel",
+    "Prediction",
     "RowStats",
     "SequenceIndex",
     "cached_encode",
@@ -29,6 +31,7 @@ __all__ = [
     "linear_log_prob",
     "nn",
     "patch",
+    "plan_for",
     "sigmoid_loss",
     "unpatch",
 ]

@@ -1,9 +1,10 @@
-"""The command: demo, data, train, index, generate, eval, bench, doctor. Each is a few calls of the library."""
+"""The command: demo, data, train, index, generate, eval, bench, plan, doctor. Each is a few calls of the library."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +34,7 @@ app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Argument(help="Folder that training wrote, or any saved Gen/Ctx pair.")]
 PassagesFile = Annotated[Path, typer.Argument(help="JSONL of passages.", exists=True, dir_okay=False)]
+UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the matrix products; auto: bfloat16 where fast.")
@@ -78,6 +80,36 @@ def doctor(
         show()
 
 
+@app.command()
+def plan(
+    n: Annotated[int, typer.Argument(help="Rows, or queries.", min=1)],
+    d: Annotated[int, typer.Argument(help="Features.", min=1)],
+    m: Annotated[int, typer.Argument(help="Classes, or candidates.", min=1)],
+    loss: Annotated[Literal["linear_cross_entropy", "info_nce"], typer.Option()] = "linear_cross_entropy",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"], typer.Option(help="Of both operands.")
+    ] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cuda or cpu; it need not be there.")] = "cuda",
+    free: Annotated[str | None, typer.Option(help="Its free memory: 79GiB, 512MiB; default: it is asked.")] = None,
+    workspace: Annotated[str | None, typer.Option(help="The budget; default: a share of --free.")] = None,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Of info_nce: both directions.")] = False,
+    reduction: Annotated[Literal["mean", "sum", "none"], typer.Option()] = "mean",
+    frozen: Annotated[Literal["input", "weight"] | None, typer.Option(help="Asks no gradient.")] = None,
+    json_object: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say how a loss would run: strategy, tiles, workspace, bytes moved, launches, predicted time."""
+    from cosup.predict import plan_for, show
+
+    found = plan_for(
+        n, d, m, loss=loss, dtype=getattr(torch, dtype), device=device, free_bytes=_size("--free", free),
+        workspace_bytes=_size("--workspace", workspace), symmetric=symmetric, reduction=reduction, frozen=frozen,
+    )  # fmt: skip
+    if json_object:
+        print(json.dumps(found._asdict(), indent=2))
+    else:
+        show(found)
+
+
 @data.command("wiki")
 def data_wiki(
     out: Annotated[Path | None, typer.Option(help="Folder; default: in the cache.")] = None,
@@ -118,13 +150,15 @@ SUBJECTS = {
     "linear_cross_entropy": "Against every peer that is installed, and the bare matrix products",
     "info_nce": "Against every peer that is installed, and the bare matrix products",
     "ranks": "info_nce over processes of a CPU, against its cost model",
-    "patched-model": "A step of a whole model on a CPU, patched and not",
+    "patched-model": "A step of a whole model, patched and not",
     "large-pool": "info_nce with candidates that fill a CPU's memory",
+    "gpu": "Everything that a few minutes of a GPU must find out, in one file that can be resumed",
 }
 
 
 def _bench_subject(context: typer.Context) -> None:
-    import_module(f"cosup.bench.{str(context.info_name).replace('-', '_')}").run(context.args)
+    if import_module(f"cosup.bench.{str(context.info_name).replace('-', '_')}").run(context.args) is False:
+        raise typer.Exit(1)
 
 
 for _name, _meaning in SUBJECTS.items():
@@ -292,6 +326,16 @@ def demo(
     from cosup.demo import run
 
     run(out, compare=compare, dtype=dtype)
+
+
+def _size(name: str, text: str | None) -> int | None:
+    """Bytes of 79GiB, 512MiB, 1048576."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text)
+    if found is None or found[2] not in UNITS:
+        raise ValueError(f"{name} must be a size as 79GiB, 512MiB or 1048576, got {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def _eval(cls, folder: str):

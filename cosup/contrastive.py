@@ -32,7 +32,7 @@ from cosup.direct import call
 from cosup.distributed import SumOverRanks, sizes_of_ranks
 from cosup.distributed import gather as gather_rows
 from cosup.positives import POOLS
-from cosup.softmax import RowStats, softmax_nll
+from cosup.softmax import RowStats, softmax_nll, weights_known
 from cosup.walk import default_workspace, resolve
 
 if TYPE_CHECKING:
@@ -291,8 +291,7 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
     grad = torch.is_grad_enabled()
     need = [grad and t.requires_grad for t in (pool.query, pool.candidates)]
     need.append(grad and (scale.requires_grad or shift.requires_grad))
-    # float16 waits for the upstream gradient, as a softmax does
-    known = weight if reduction != "none" and pool.query.dtype != torch.float16 and any(need[:2]) else None
+    known = weight if weights_known(reduction, pool.query.dtype) and any(need[:2]) else None
     end: Any = (True, need, workspace_bytes, "triton" if backend == "fused" else backend)
     operands = (pool.query, pool.candidates, pool.target, known, scale, shift, pool.query_ids, pool.candidate_ids)
     loss, *_ = call(ops.sigmoid_loss, *operands, *end)

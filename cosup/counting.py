@@ -21,9 +21,14 @@ def countable(x: Tensor, w: Tensor, backend: str) -> bool:
     """Whether rows may be counted: 16-bit ones on Hopper, where those products are about as quick as the vendor's."""
     if backend not in TRITON or x.element_size() != 2 or x.shape[1] % 8:
         return False
-    from cosup.kernels.product import describable  # Triton: absent on some platforms
-
     return describable(w) and (INTERPRETED or is_hopper(x.device))
+
+
+def describable(t: Tensor) -> bool:
+    """Whether a matrix can be read by descriptor: dense rows, or columns, that start on 16 bytes."""
+    item = t.element_size()
+    dense = 1 in t.stride() and all(s == 1 or (s > 0 and s * item % 16 == 0) for s in t.stride())
+    return dense and t.data_ptr() % 16 == 0 and t.numel() > 0
 
 
 def worth_counting(plan: Plan, features: int) -> bool:
@@ -42,4 +47,7 @@ def counted(p: Problem) -> Problem:
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
+    """Also where there is no such device, for which blocks may be planned all the same."""
+    if not torch.cuda.is_available():
+        return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)

@@ -89,25 +89,36 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
     return p if skip is None else p._replace(target=target.masked_fill(skip, -1), skip=skip)
 
 
-def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool, counts: bool = False) -> Plan:
+def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool, counts: bool = False,
+          rank: bool = False) -> Plan:  # fmt: skip
     picked = p.rows is not None or p.skip is not None
     c = cost(p.x, backend, gathered=picked, counted=counts, symmetric=p.symmetric, sigmoid=p.sigmoid,
              more_features=0 if p.x2 is None else p.x2.shape[1])  # fmt: skip
+    if invariant or (rank and backend == NARROW):
+        c = c._replace(moves=None)  # a half of the rows, a quarter, ...; whole rows, or a rank needs float32 tiles
     m = len(p.w) if p.shard is None else p.shard.widest  # alike on all ranks, and so are the blocks of rows
     n = INVARIANT_ROWS[p.x.device.type] if invariant else len(p.target)
     budget = enough(n, m, c, grads, p.workspace_bytes) if p.any_budget else p.workspace_bytes
     return plan(n, m, c, grads=grads, weights_known=weights_known, workspace_bytes=budget)
 
 
-def _planned(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool) -> tuple[Problem, Plan]:
-    """The problem, with rows to skip counted where that is possible and its blocks are worth it; and its blocks."""
+def blocks_of(p: Problem, backend: str, *, grads: bool, weights_known: bool, invariant: bool = False,
+              rank: bool = False) -> tuple[Plan, bool]:  # fmt: skip
+    """The blocks of a problem; and whether its rows to skip are counted: where that is possible and pays."""
+    planned = functools.partial(_plan, p, backend, invariant, grads, weights_known, rank=rank)
     # what bias, adapters, ranks, columns and positives sum over the rows is not counted
     others = p.bias is not None or p.x2 is not None or p.shard is not None or p.positives is not None or p.symmetric
     if not (invariant or others or p.skip is None) and countable(p.x, p.w, backend):
-        blocks = _plan(p, backend, invariant, grads, weights_known, counts=True)
+        blocks = planned(counts=True)
         if worth_counting(blocks, p.x.shape[1]):
-            return counted(p), blocks
-    return p, _plan(p, backend, invariant, grads, weights_known)
+            return blocks, True
+    return planned(), False
+
+
+def _planned(p: Problem, backend: str, **options: bool) -> tuple[Problem, Plan]:
+    """The problem, with rows to skip counted where ``blocks_of`` says so; and its blocks."""
+    blocks, counts = blocks_of(p, backend, **options)
+    return (counted(p) if counts else p), blocks
 
 
 def _per_row(p: Problem, state: RowState, backend: str) -> RowValues:
@@ -197,7 +208,7 @@ def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor 
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
                  margin, pool, symmetric, workspace_bytes, backend, group, invariant, peers=peers)  # fmt: skip
     grads = any(need[:GRADS])  # in the blocks of the backward pass: products of other shapes may round otherwise
-    p, blocks = _planned(p, backend, invariant, grads, weights_known=False)
+    p, blocks = _planned(p, backend, invariant=invariant, grads=grads, weights_known=False)
     p = _ready(p, blocks, gap, rank)
     if peers is not None:
         planned = functools.partial(_plan, backend=backend, invariant=False, grads=grads, weights_known=False)
@@ -238,7 +249,7 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
     peers = None if ring is None else Peers(ring, len(w), w.device)
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
                  margin, pool, symmetric, workspace_bytes, backend, group, invariant, pair_logit, peers)  # fmt: skip
-    p, blocks = _planned(p, backend, invariant, grads=True, weights_known=False)
+    p, blocks = _planned(p, backend, invariant=invariant, grads=True, weights_known=False)
     p = _ready(p, blocks, gap, rank=False)
     soft_weight = None if grad_soft is None else -grad_soft
     weights = _picked(p, RowWeights(grad_nll, grad_lse, soft_weight, None, grad_entropy))
@@ -344,7 +355,7 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
                  margin, pool, v is not None, workspace_bytes, backend, group, invariant)  # fmt: skip
     # columns' statistics must be merged between two sweeps where ranks hold the rows
-    planned = functools.partial(_planned, invariant=invariant, grads=True, weights_known=row_group is None)
+    planned = functools.partial(_planned, invariant=invariant, grads=True, weights_known=row_group is None, rank=rank)
     all_rows, (p, blocks) = p, planned(p, backend)
     if backend == NARROW and rank and blocks.block_cols < len(w):  # a rank compares the logits of several tiles
         backend = "triton"

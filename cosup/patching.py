@@ -1,4 +1,4 @@
-"""Drop-in for causal language models of transformers: the same loss and gradients, without the logits.
+"""Drop-in for causal language models of transformers: the same loss and gradients, within a memory budget.
 
     cosup.patch(model)      in training, model(..., labels=labels) returns logits=None
     cosup.unpatch(model)
@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def patch(model: Model) -> Model:
-    """Let a causal language model make its training loss without its logits. The model itself is changed, and returned.
+    """Let a causal language model make its training loss within a memory budget. It is changed itself, and returned.
 
     In training, ``model(..., labels=labels)`` gives the loss and gradients that it gave, to rounding, and ``logits``
     None. Calls without labels, and in evaluation, are as before. Two more arguments are understood beside ``labels``:

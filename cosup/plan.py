@@ -8,7 +8,8 @@ With U = 2 N M D FLOP, one GEMM over the logits:
     recompute              4U   statistics first, gradients in a second sweep; columns in slabs, so any N and M fit
     statistics             1U   no gradient is asked
 
-Source of the rule that large blocks win: every row block reads and writes the whole M x D gradient of the table once.
+Every row block reads and writes the whole M x D gradient of the table once, every slab that of the rows. Where both
+fit, the plan takes whichever is quicker by ``cosup.steps``; without ``Cost.moves`` whole rows, if ``least_rows`` fit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from bisect import bisect_left
 from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
+
+from cosup.steps import Moves, seconds, steps
 
 SLAB_HEIGHT = 16  # rows of a block once columns go in slabs, in least_rows; fewer if such a tile were taller than wide
 STRIP_SHARE = 32  # a strip has at most so many elements to a byte of the workspace: float32 ones, an eighth of it
@@ -43,7 +46,7 @@ class Cost(NamedTuple):
 
     strip: int  # not bytes: elements multiplied at once; 0: a whole tile
     features: int  # not bytes: the length D of the vectors
-    least_rows: int  # not bytes: with fewer to a block, adding to the table's gradient costs more than a second product
+    least_rows: int  # not bytes: with fewer to a block, adding to the table's gradient costs more than a second sweep
     row_step: int  # not bytes: rows of a block come in multiples of it, where it holds so many and is not the only one
     merged_cols: int  # not bytes: columns to an element of the tile
     tile: int  # per element of the tile
@@ -60,6 +63,7 @@ class Cost(NamedTuple):
     few: int = 0  # not bytes: numbers of a gradient up to which its product alone is summed apart, in float32
     second: int = 0  # per row of a block, and per table row of a slab: float32 sums of a second product, always few
     strips_alone: bool = False  # not bytes: gradients need no statistic of whole rows, so the tile is one strip's
+    moves: Moves | None = None  # not bytes: what the choice is made by; None: by least_rows
 
 
 def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, workspace_bytes: int) -> Plan:
@@ -79,31 +83,55 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
     def fits(rows: int, cols: int) -> bool:
         return used(n, m, rows, cols, cost, grads) <= workspace_bytes
 
-    strategy = Strategy.RECOMPUTE if grads else Strategy.STATISTICS
-    rows = _most(n, lambda rows: fits(rows, m))
-    if rows >= min(n, cost.least_rows) and not cost.strips_alone:
-        blocks = -(-n // max(rows, 1))
-        even = -(-n // max(blocks, 1))
-        even = min(n, -(-even // cost.row_step) * cost.row_step)
-        rows, cols = even if fits(even, m) else rows // cost.row_step * cost.row_step or rows, m
-        if grads and weights_known and (rows == n or not cost.column):
-            strategy = Strategy.GRADS_IN_FORWARD
-    else:
-        rows = min(n, SLAB_HEIGHT * cost.least_rows)
-        while cost.strips_alone and rows > cost.least_rows and rows * rows > cost.strip > 0:  # no taller than wide
-            rows = -(-rows // 2)
-        while rows > 1 and not fits(rows, min(m, max(rows, ALIGN))):
-            rows = -(-rows // 2)
-        cols = m if fits(rows, m) else ALIGN * _most(m // ALIGN, lambda parts: fits(rows, ALIGN * parts))
-        if cols < min(m, ALIGN):
-            least = used(n, m, 1, min(m, ALIGN), cost, grads)
-            raise ValueError(
-                f"workspace_bytes must be at least {least} for {n} rows and {m} columns, got {workspace_bytes}"
-            )
-        if grads and weights_known and cost.strips_alone:
-            strategy = Strategy.GRADS_IN_FORWARD
+    found: list[tuple[Strategy, int, int]] = []  # rows and columns of a tile
+    most = 0 if cost.strips_alone else _most(n, lambda rows: fits(rows, m))
+    timed = grads and cost.moves is not None and 0 < most < n
+    if timed or (most >= min(n, cost.least_rows) and not cost.strips_alone):
+        rows = _even(n, most, cost, lambda rows: fits(rows, m))
+        known = weights_known and (rows == n or not cost.column)
+        found.append((_strategy(grads, known), rows, m))
+    if timed or not found:
+        rows, cols = _slab(n, m, cost, fits)
+        if cols >= min(m, ALIGN):
+            found.append((_strategy(grads, weights_known and cost.strips_alone), rows, cols))
+    if not found:
+        least = used(n, m, 1, min(m, ALIGN), cost, grads)
+        raise ValueError(
+            f"workspace_bytes must be at least {least} for {n} rows and {m} columns, got {workspace_bytes}"
+        )
+
+    def time(choice: tuple[Strategy, int, int]) -> float:
+        strategy, rows, cols = choice
+        assert cost.moves is not None
+        sweeps = 1 if strategy is Strategy.GRADS_IN_FORWARD else 2
+        return seconds(steps(n, m, rows, cols, cost.moves, sweeps=sweeps), cost.moves.rates)
+
+    strategy, rows, cols = min(found, key=time) if timed else found[0]
     workspace = used(n, m, rows, cols, cost, grads)
     return Plan(strategy, rows, cols, strip_cols(rows, cols, cost), cost.merged_cols, workspace)
+
+
+def _strategy(grads: bool, known: bool) -> Strategy:
+    if not grads:
+        return Strategy.STATISTICS
+    return Strategy.GRADS_IN_FORWARD if known else Strategy.RECOMPUTE
+
+
+def _even(n: int, most: int, cost: Cost, fits: Callable[[int], bool]) -> int:
+    """Rows of a block of whole rows, of which so many fit: as even as whole tiles of the products allow."""
+    even = -(-n // max(-(-n // max(most, 1)), 1))
+    even = min(n, -(-even // cost.row_step) * cost.row_step)
+    return even if fits(even) else most // cost.row_step * cost.row_step or most
+
+
+def _slab(n: int, m: int, cost: Cost, fits: Callable[[int, int], bool]) -> tuple[int, int]:
+    """Rows and columns of a tile that has not all columns; too few of these where nothing fits."""
+    rows = min(n, SLAB_HEIGHT * cost.least_rows)
+    while cost.strips_alone and rows > cost.least_rows and rows * rows > cost.strip > 0:  # no taller than wide
+        rows = -(-rows // 2)
+    while rows > 1 and not fits(rows, min(m, max(rows, ALIGN))):
+        rows = -(-rows // 2)
+    return rows, m if fits(rows, m) else ALIGN * _most(m // ALIGN, lambda parts: fits(rows, ALIGN * parts))
 
 
 def enough(n: int, m: int, cost: Cost, grads: bool, workspace_bytes: int) -> int:

@@ -64,8 +64,7 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
     need[2] |= need[5] and bias is not None  # the scale's gradient takes it in
     if backend == "fused" and (any(need[:-1]) or symmetric or margin or gap is not None or pairs is not None):
         backend = "triton"  # a second sweep's products must round as those did that the statistics are of
-    # float16 waits for the upstream gradient: p / N is below its range without a loss scale, sums over N are above it
-    known = reduction != "none" and x.dtype != torch.float16 and ring is None
+    known = weights_known(reduction, x.dtype) and ring is None
     if known and any(need[:-1]) and all(t is None for t in (lora, pairs, gap, group, row_group)):
         backend = narrowed(backend, x, host_scale)
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
@@ -102,6 +101,12 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
     nll, lse, entropy, above, valid = (t[:n] for t in (nll, lse, entropy, above, valid))
     place = (above.long() + 1) * valid if rank else above[:0].long()
     return loss, RowStats(nll, lse, -nll, entropy, place, (place == 1) & ~nll.isnan() if rank else place.bool())
+
+
+def weights_known(reduction: str, dtype: torch.dtype) -> bool:
+    """Before the backward pass. float16 waits for the upstream gradient: p / N is below its range without a loss scale,
+    sums over N are above it."""
+    return reduction != "none" and dtype != torch.float16
 
 
 def _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group):

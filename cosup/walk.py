@@ -30,6 +30,7 @@ from cosup.kernels import native, reference
 from cosup.kernels.reference import ColumnState, RowState, RowValues
 from cosup.plan import ALIGN, Cost, Plan, padded
 from cosup.positives import Positives, host_reads
+from cosup.steps import RATES, Moves
 
 _CONTIGUOUS: Any = {"memory_format": torch.contiguous_format}
 BACKENDS = ("auto", "reference", "native", "triton", "fused")
@@ -41,7 +42,7 @@ LEAST_WORKSPACE, MOST_WORKSPACE = 16 << 20, {"cpu": 256 << 20, "cuda": 4 << 30} 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # 4 times the FLOP that a processor does while it moves a byte, about 16 and 250: for each column a block of R rows has
-# 2 R D FLOP in a product, and moves 8 D bytes of the table's gradient.
+# 2 R D FLOP in a product, and moves 8 D bytes of the table's gradient. On CUDA ``cosup.steps`` says more.
 LEAST_ROWS = {"cpu": 64, "cuda": 1024}
 ROW_STEP = {"cuda": 256}  # rows of a block: whole tiles of the vendor's products
 # Numbers of a 16-bit gradient up to which its product is summed in float32 apart: where a GPU has few tiles to make,
@@ -339,16 +340,40 @@ def cost(x: Tensor, backend: str, *, gathered: bool, counted: bool = False, more
         few=few * d // max(1, d - more_features),  # as the first product counts them
         second=4 * more_features if few else 0,
         strips_alone=sigmoid,
+        moves=None if on_cpu else moves(x, backend, gathered=gathered, counted=counted, more_features=more_features,
+                                        symmetric=symmetric),
+    )  # fmt: skip
+
+
+def moves(x: Tensor, backend: str, *, gathered: bool, counted: bool, more_features: int = 0,
+          symmetric: bool = False) -> Moves:  # fmt: skip
+    """What :func:`walk` multiplies and moves for operands like x; arguments as of :func:`cost`."""
+    item = x.element_size()
+    return Moves(
+        features=x.shape[1] + more_features,
+        item=item,
+        tile=item if backend == NARROW else max(item, 4),
+        few=FEW.get(x.device.type, 0) if item < 4 else 0,
+        gathered=gathered,
+        counted=counted,
+        rounded=backend == NARROW,
+        symmetric=symmetric,
+        rates=RATES["cpu" if x.device.type == "cpu" else "cuda", item],
     )
 
 
 @functools.cache
 def default_workspace(device: torch.device) -> int:
-    """Bytes where no budget is given: a sixteenth of the free memory, at most 4 GiB on CUDA, and on a CPU 256 MiB and a
-    power of 2; at least 16 MiB. Looked up once, so that all calls of a process take the same blocks."""
-    most = MOST_WORKSPACE.get(device.type, LEAST_WORKSPACE)
-    share = _free_bytes(device) // FREE_SHARE
-    if device.type == "cpu":
+    """Bytes where no budget is given: :func:`share_of` the free memory. Looked up once, so that all calls of a process
+    take the same blocks."""
+    return share_of(_free_bytes(device), device.type)
+
+
+def share_of(free: int, kind: str) -> int:
+    """A sixteenth of free bytes, at most 4 GiB on CUDA, on a CPU 256 MiB and a power of 2; at least 16 MiB."""
+    most = MOST_WORKSPACE.get(kind, LEAST_WORKSPACE)
+    share = free // FREE_SHARE
+    if kind == "cpu":
         share = 1 << (share.bit_length() - 1 if share else 0)
     return min(most, max(LEAST_WORKSPACE, share))
 

@@ -80,7 +80,7 @@ def _product_kernel(a, b, out, count_ptr, M, N, K, OF_ROWS: tl.constexpr, A_IN_C
 
 def product(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, count: Tensor, *, of_rows: bool, add: bool = False) -> None:
     """out = a @ b for the first ``count`` rows of a, or over the first ``count`` summands; to a float32 ``out`` it may
-    be added. 16-bit operands, each :func:`describable`.
+    be added. 16-bit operands, dense in rows or columns that start on 16 bytes.
 
     Rows of ``out`` up to a multiple of ROWS_AT_ONCE are written, and so many summands are read: those beyond the count
     must be 0 in both operands.
@@ -102,13 +102,6 @@ def product(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, count: Tensor, *, of_row
             REDUCE=not triton.knobs.runtime.interpret,  # which has no reductions by descriptor
             **tile._asdict(),
         )  # fmt: skip
-
-
-def describable(t: Tensor) -> bool:
-    """Whether a matrix can be read by descriptor: dense rows, or columns, that start on 16 bytes."""
-    item = t.element_size()
-    dense = 1 in t.stride() and all(s == 1 or (s > 0 and s * item % 16 == 0) for s in t.stride())
-    return dense and t.data_ptr() % 16 == 0 and t.numel() > 0
 
 
 def _described(t: Tensor, rows: int, cols: int) -> TensorDescriptor:

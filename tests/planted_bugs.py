@@ -40,10 +40,11 @@ PATCHING, DEFERRED, PATCH = "cosup/patching.py", "cosup/deferred.py", "tests/tes
 PACKING = "tests/test_packing.py"
 SENTENCES, OF_SENTENCES = "cosup/integrations/sentence_transformers.py", "tests/test_integrations_sentence_transformers.py"
 ARCHITECTURES = "tests/test_patching_architectures.py"
-SITE = "tests/test_site.py"
+SITE, PREDICT = "tests/test_site.py", "tests/test_predict.py"
 NEAREST, OF_INDEX, OPTIONAL = "cosup/nearest.py", "tests/test_index.py", "tests/test_optional.py"
 INDEX, MILVUS, OF_MILVUS = "cosup/index.py", "cosup/integrations/milvus.py", "tests/test_milvus.py"
 PAIRS, SIGMOID = "tests/test_sigmoid.py", "kernels/tile_sigmoid.py"
+CAMPAIGN, OF_CAMPAIGN = "bench/gpu/campaign.py", "tests/test_gpu_campaign.py"
 BUGS = [
     Bug("loss: log-sum-exp rounds first", 'kernels/reference.py', "nll_R = state.sum.log() + lag_R",
         "nll_R = (state.sum.log() + state.max).bfloat16().to(lag_R.dtype) - state.target + margin * scale", LOSSES + " -k cross_entropy_error"),
@@ -108,8 +109,8 @@ BUGS = [
         "        pass\n", LOSSES + " -k cross_entropy_error"),
     Bug("opcheck: fake of another dtype", "cosup/ops.py", "torch.empty_like(target, dtype=torch.int32)]",
         "torch.empty_like(target)]", OPS + " -k opcheck"),
-    Bug("opcheck: operator mutates its input", "cosup/ops.py", "    p, blocks = _planned(p, backend, invariant, grads, weights",
-        "    x.add_(1)\n    p, blocks = _planned(p, backend, invariant, grads, weights", OPS + " -k opcheck"),
+    Bug("opcheck: operator mutates its input", "cosup/ops.py", "    p, blocks = _planned(p, backend, invariant=invariant, grads",
+        "    x.add_(1)\n    p, blocks = _planned(p, backend, invariant=invariant, grads", OPS + " -k opcheck"),
     Bug("compile: two graphs", 'cosup/softmax.py', "    n = x.shape[0]\n",
         "    n = x.shape[0]\n    torch._dynamo.graph_break()\n", OPS + " -k fullgraph"),
     Bug("memory: a second tile", "cosup/walk.py", "    fused = plan.merged_cols > 1",
@@ -306,8 +307,8 @@ BUGS = [
     Bug("sigmoid: a tile of whole rows in memory", "cosup/walk.py", "whole = (weights is not None and not p.sigmoid)", "whole = weights is not None",
         OPS + " -k pairs"),
     Bug("sigmoid: planned by whole rows", "cosup/plan.py", "width = strip if cost.strips_alone else cols", "width = cols", OPS + " -k pairs"),
-    Bug("sigmoid: planned for two sweeps", "cosup/plan.py", "if grads and weights_known and cost.strips_alone:", "if False:", "tests/test_plan.py"),
-    Bug("sigmoid: two sweeps where weights are known", "cosup/contrastive.py", 'known = weight if reduction != "none" and', "known = weight if False and",
+    Bug("sigmoid: planned for two sweeps", "cosup/plan.py", "_strategy(grads, weights_known and cost.strips_alone)", "_strategy(grads, False)", "tests/test_plan.py"),
+    Bug("sigmoid: two sweeps where weights are known", "cosup/contrastive.py", "known = weight if weights_known(", "known = weight if False and weights_known(",
         PAIRS + " -k one_sweep"),
     Bug("sigmoid: gradients by the softmax", "cosup/walk.py", "    if p.sigmoid:\n        return weights.b", "    if False:\n        return weights.b", PAIRS + " -k every_feature"),
     Bug("sigmoid: temperature's gradient of one row's weight", "cosup/ops.py", "((of_rows * dot).sum", "((of_rows[:1] * dot).sum", PAIRS + " -k gradcheck"),
@@ -470,7 +471,7 @@ BUGS = [
     Bug("scale: one part of several", "kernels/scale.py", "tl.num_programs(0) * BLOCK * UNROLL)", "size)", "tests/test_scale.py"),
     Bug("scale: a factor of one multiplies", "kernels/scale.py", "if factor == 1.0:", "if factor == 2.0:", "tests/test_scale.py"),
     Bug("plan: a default budget is refused", "cosup/plan.py", "max(workspace_bytes, 2 * used(", "min(workspace_bytes, 2 * used(", "tests/test_plan.py"),
-    Bug("plan: blocks of odd rows", "cosup/plan.py", "// cost.row_step * cost.row_step or rows, m", "or rows, m", "tests/test_plan.py"),
+    Bug("plan: blocks of odd rows", "cosup/plan.py", "most // cost.row_step * cost.row_step or most", "most", "tests/test_plan.py"),
     Bug("plan: float32 sums of few numbers uncounted", "cosup/walk.py", "return n * x.shape[1] <= FEW", "return n * x.shape[1] < 0 * FEW", OPS + " -k few_sums"),
     Bug("plan: sums where there are no rows", "cosup/walk.py", "(not idle and _are_few(size, x) for", "(_are_few(size, x) for", OPS + " -k no_rows"),
     Bug("plan: an adapter's sums as columns' statistics", "cosup/walk.py", "if symmetric else wide * sigmoid,", "if symmetric else wide * sigmoid + more_features,", "tests/test_plan.py -k published"),
@@ -513,6 +514,49 @@ BUGS = [
     Bug("columns: parts of the rows overlap", STATS, "tl.num_programs(1) * 4 * GROUPS)", "4 * GROUPS)", TILES + " -k column_stats"),
     Bug("statistics: threads wait in the loop", STATS, "above += tl.sum((z > threshold).to(tl.int32), 1)",
         "above += tl.sum(tl.sum((z > threshold).to(tl.int32), 1), 0)", "tests/test_triton_compile.py -k cuda:90"),
+    Bug("plan: the slower of whole rows and slabs", "cosup/plan.py", "min(found, key=time)", "max(found, key=time)", "tests/test_plan.py -k least_time"),
+    Bug("plan: two sweeps in the time of one", "cosup/plan.py", "sweeps = 1 if strategy is Strategy.GRADS_IN_FORWARD else 2", "sweeps = 1", PREDICT + " -k plans_of_the_published"),
+    Bug("plan: by a count of rows alone", "cosup/plan.py", "timed = grads and cost.moves is not None and 0 < most < n", "timed = False", PREDICT + " -k slabs_of_all_rows"),
+    Bug("plan: slabs where ranks want whole rows", "cosup/ops.py", "    if invariant or (rank and backend == NARROW):", "    if invariant:", PREDICT + " -k ranks_keep"),
+    Bug("plan: blocks of other rows where none may depend on another", "cosup/ops.py", "    if invariant or (rank and backend == NARROW):", "    if rank and backend == NARROW:", PREDICT + " -k invariant"),
+    Bug("steps: the backward pass copies the gradients", "cosup/ops.py", "if torch._C._autograd._get_current_graph_task_keep_graph():", "if True:", PREDICT + " -k walk_does"),
+    Bug("steps: statistics read twice", "cosup/walk.py", "            if known is None and whole and not fused:\n", "            if known is None and whole and not fused:\n                kernels.tile_stats(tile, state.rows(r), *_features(p, r, s), **counts)\n", PREDICT + " -k walk_does"),
+    Bug("steps: dX summed twice", "cosup/walk.py", "            gemm.add(self.dx_r, coef, self.w[c], first=fresh, count=self.kept, of_rows=True)\n", "            gemm.add(self.dx_r, coef, self.w[c], first=fresh, count=self.kept, of_rows=True)\n            gemm.add(self.dx_r, coef, self.w[c], first=fresh, count=self.kept, of_rows=True)\n", PREDICT + " -k walk_does"),
+    Bug("steps: sums that are never rounded", "cosup/steps.py", "(8 * parts + item) * size if apart", "8 * parts * size if apart", PREDICT + " -k of_an_element"),
+    Bug("steps: coefficients written in float32", "cosup/steps.py", "(tile + item) * numbers", "2 * tile * numbers", PREDICT + " -k of_an_element"),
+    Bug("predict: rows never counted", "cosup/predict.py", "skip=target if skips else None", "skip=None", PREDICT + " -k walk_does"),
+    Bug("predict: float32 tiles always", "cosup/predict.py", "kernels = narrowed(kernels, x, scale) if known else kernels", "pass", PREDICT + " -k walk_does"),
+    Bug("predict: a frozen head asks a gradient", "cosup/predict.py", 'of_w=frozen != "weight"', "of_w=True", PREDICT + " -k walk_does"),
+    Bug("predict: a default budget is refused", "cosup/predict.py", "any_budget=workspace_bytes is None", "any_budget=False", PREDICT + " -k refused_by_default"),
+    Bug("predict: all logits in two blocks", "cosup/predict.py", "holds_all_logits=plan.block_rows >= n and plan.block_cols >= m", "holds_all_logits=plan.block_cols >= m", PREDICT + " -k all_logits"),
+    Bug("predict: a device that is not here is no Hopper", "cosup/counting.py", "        return True\n    return torch.version", "        return False\n    return torch.version", PREDICT + " -k no_device"),
+    Bug("predict: a budget without any free memory", "cosup/predict.py", 'if device.type == "cuda" and not torch.cuda.is_available():', "if False:", PREDICT + " -k wrong_is_named"),
+    Bug("predict: a table of other sizes", "bench/plans.py", "FREE = (79, 40, 20, 8)", "FREE = (79, 40, 20, 9)", PREDICT + " -k table_of_the_docs"),
+    Bug("plan: kibibytes of a thousand", "cosup/cli.py", '"KiB": 1 << 10', '"KiB": 1000', "tests/test_cli.py -k sizes"),
+    Bug("gpu: a stage that hangs is waited for", CAMPAIGN, "if process.exitcode is None and seconds < limit:",
+        "if process.exitcode is None:", OF_CAMPAIGN + " -k harms_no_other"),
+    Bug("gpu: a stage that raises is done", CAMPAIGN, "show=False) else 1)", "show=False) else 0)",
+        OF_CAMPAIGN + " -k harms_no_other"),
+    Bug("gpu: done whatever has changed", CAMPAIGN, "if same.get(stage.name) == self.of(stage)}", "if stage.name in same}",
+        OF_CAMPAIGN + " -k not_done_again"),
+    Bug("gpu: peers' versions are not looked at", CAMPAIGN, "for name in stage.packages}", "for name in ()}",
+        OF_CAMPAIGN + " -k not_done_again"),
+    Bug("gpu: stages that ended by themselves are done", CAMPAIGN, 'if line.get("end") == DONE}', 'if line.get("end")}',
+        OF_CAMPAIGN + " -k not_done_again"),
+    Bug("gpu: wrong values pass", CAMPAIGN, " and not any(_bad(line) for line in lines)", "", OF_CAMPAIGN + " -k fail_a_campaign"),
+    Bug("gpu: times beside other stages", CAMPAIGN, "while self.running and (stage.alone or len", "while self.running and (len",
+        OF_CAMPAIGN + " -k side_by_side"),
+    Bug("gpu: one stage after the other", CAMPAIGN, "while stage.alone and self.running:", "while self.running:",
+        OF_CAMPAIGN + " -k side_by_side"),
+    Bug("gpu: a stage outlives its campaign", CAMPAIGN, "(campaign.join(), os._exit(1))", "campaign.join()", OF_CAMPAIGN + " -k killed_campaign"),
+    Bug("gpu: kernels may change", CAMPAIGN, '("cosup", "cosup.kernels", "cosup.bench"):', '("cosup", "cosup.bench"):',
+        OF_CAMPAIGN + " -k identity"),
+    Bug("gpu: a wrong gradient is right", "bench/gpu/correct.py", "return max(2 * theirs,", "return max(50 * theirs,",
+        OF_CAMPAIGN + " -k wrong_gradient"),
+    Bug("bench: rounds go on after their time", "bench/measure.py", "if done and time.monotonic() > until:", "if False:",
+        "tests/test_bench.py -k ends_with_its_time"),
+    Bug("bench: methods begin after their time", "bench/measure.py", "if time.monotonic() > until:\n                raise",
+        "if False:\n                raise", "tests/test_bench.py -k ends_with_its_time"),
 ]  # fmt: skip
 
 

@@ -143,6 +143,24 @@ def test_a_peer_that_raises_is_recorded_and_the_others_go_on(results, monkeypatc
     assert all(row["failed"] is None for name, row in rows.items() if name != "broken")
 
 
+def test_a_measurement_ends_with_its_time():
+    """The first round is finished; a method that is not yet begun says so."""
+    x, w = torch.randn(20, 8).requires_grad_(), torch.randn(30, 8).requires_grad_()
+    problem = measure.Problem(x, w, torch.randint(30, (20,)), peers.plain)
+
+    def ending(x, w, target):
+        now[0] = 10.0
+        return peers.plain(x, w, target)
+
+    now = [0.0]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(measure.time, "monotonic", lambda: now[0])
+        losses = {"in time": peers.plain, "the last": ending, "late": peers.plain}
+        rows = {row["method"]: row for row in measure.measure(problem, {}, losses, 3, until=5.0)}
+    assert rows["late"]["failed"] == "TimeoutError: no time left" and not rows["late"]["seconds"]
+    assert [len(rows[name]["seconds"]) for name in ("in time", "the last")] == [1, 1]
+
+
 def test_the_error_column_shows_a_wrong_gradient():
     class Wrong(torch.autograd.Function):
         """The identity; 1 % of each entry is missing from its gradient, or its small entries are."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cosup import cli, doctor, linear_cross_entropy, walk
+from cosup import cli, doctor, linear_cross_entropy, plan_for, walk
 from cosup.data import write_jsonl
 from cosup.kernels import native
 from tiny import tiny_encoder, tiny_folder, tiny_gen, tiny_instances, tiny_passages, tiny_tokenizer
@@ -77,6 +77,31 @@ def test_doctor_says_the_same_as_one_json_object():
         "cosup", "python", *doctor.PACKAGES, "CPU kernels", "GPU", "GPU kernels", "workspace",
         "flash-attn", "faiss-cpu", "bm25s", "gguf",
     }  # fmt: skip
+
+
+def test_plan_says_the_same_as_one_json_object():
+    arguments = ["plan", "8192", "4096", "128256", "--dtype", "bfloat16", "--device", "cuda", "--free", "79GiB"]
+    found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
+    assert found == plan_for(8192, 4096, 128256, free_bytes=79 << 30)._asdict()
+    assert {"strategy", "block_rows", "block_cols", "holds_all_logits", "workspace_bytes", "bytes_moved", "launches",
+            "time_over_products"} <= set(found)  # fmt: skip
+    table = CliRunner().invoke(cli.app, arguments).stdout
+    assert "gradients in forward, in tiles of 8,192 x 128,256, all logits at once" in table and "725 TFLOP/s" in table
+    more = ["--loss", "info_nce", "--symmetric", "--workspace", "2GiB", "--reduction", "none", "--frozen", "weight"]
+    found = json.loads(CliRunner().invoke(cli.app, ["plan", "4096", "64", "8192", *more, "--json"]).stdout)
+    options = {"loss": "info_nce", "symmetric": True, "reduction": "none", "frozen": "weight"}
+    assert found == plan_for(4096, 64, 8192, workspace_bytes=2 << 30, **options)._asdict()
+
+
+@pytest.mark.parametrize("text, size", [("79GiB", 79 << 30), ("1.5MiB", 3 << 19), ("2 KiB", 2048), ("1048576", 2**20)])
+def test_sizes(text, size):
+    assert cli._size("--free", text) == size
+
+
+@pytest.mark.parametrize("text", ["8GB", "GiB", "1.2.3GiB", "", "-1GiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="--free must be a size as 79GiB"):
+        cli._size("--free", text)
 
 
 def test_a_mistake_is_one_line(files):

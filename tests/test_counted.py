@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cosup import counting, linear_cross_entropy, ops, walk
-from cosup.kernels.product import NARROW, ROWS_AT_ONCE, WIDE, describable, product, tile_for
+from cosup.counting import describable
+from cosup.kernels.product import NARROW, ROWS_AT_ONCE, WIDE, product, tile_for
 from cosup.kernels.rows import gather, look_up, order, put
 from cosup.plan import Strategy, used
 

@@ -9,17 +9,19 @@ ROOT = Path(__file__).parents[1]
 # Every room, in the order of the data flow, and the rooms whose doors it may open.
 MAY_IMPORT = {
     "kernels": {"kernels"},
-    "plan": set(),
+    "steps": set(),
+    "plan": {"steps"},
     "gemm": {"kernels"},
     "direct": set(),
     "distributed": {"kernels"},
     "positives": set(),
-    "walk": {"kernels", "plan", "gemm", "distributed", "positives"},
+    "walk": {"kernels", "steps", "plan", "gemm", "distributed", "positives"},
     "ring": {"kernels", "plan", "distributed", "walk"},
     "counting": {"kernels", "plan", "walk"},
     "ops": {"counting", "direct", "kernels", "plan", "distributed", "positives", "walk", "ring"},
     "checks": set(),
     "softmax": {"walk", "direct", "ops", "checks"},
+    "predict": {"checks", "ops", "plan", "softmax", "steps", "walk"},
     "contrastive": {"walk", "direct", "ops", "distributed", "positives", "checks", "softmax"},
     "losses": {"distributed", "checks", "softmax", "contrastive"},
     "nn": {"losses", "contrastive"},
@@ -42,7 +44,7 @@ MAY_IMPORT = {
     "demo": {"data", "index", "model", "train", "evaluate", "tokens", "generate"},
     "pools": {"data", "index", "model", "train", "evaluate", "demo"},
     "cli": {"data", "index", "model", "train", "evaluate", "tokens", "generate", "demo", "pools", "doctor", "bench",
-            "integrations"},
+            "integrations", "predict"},
 }
 FOLDERS = ("kernels", "data", "compat", "integrations")  # each is one room
 FILES = [*ROOT.glob("kernels/*.py"), *ROOT.glob("cosup/[!_]*.py"), *ROOT.glob("cosup/*/*.py")]

@@ -7,9 +7,12 @@ from hypothesis import strategies as st
 
 from cosup import walk
 from cosup.plan import Cost, Strategy, enough, plan, used
+from cosup.steps import RATES, Moves, seconds, steps
 
 WIDE = Cost(strip=0, features=768, least_rows=64, row_step=1, merged_cols=1, tile=4, dots=0, coef=0, packed=0,
             product=0, row=60, column=0, block_row=0, put_row=0, table_row=0, query_row=0)  # fmt: skip
+moves = st.builds(Moves, features=st.integers(1, 10_000), item=st.sampled_from([2, 4]), tile=st.sampled_from([2, 4]),
+                  few=st.sampled_from([0, 1 << 23]), rates=st.sampled_from([*RATES.values()]))  # fmt: skip
 costs = st.builds(Cost, strip=st.sampled_from([0, 1 << 20]), features=st.integers(0, 10_000),
                   least_rows=st.integers(1, 2000), row_step=st.sampled_from([1, 256]),
                   merged_cols=st.sampled_from([1, 128]), tile=st.sampled_from([4, 8]),
@@ -20,7 +23,7 @@ costs = st.builds(Cost, strip=st.sampled_from([0, 1 << 20]), features=st.integer
                   put_row=st.integers(0, 5_000),
                   table_row=st.integers(0, 5_000), query_row=st.integers(0, 5_000),
                   few=st.sampled_from([0, 1 << 23]), second=st.sampled_from([0, 64]),
-                  strips_alone=st.booleans())  # fmt: skip
+                  strips_alone=st.booleans(), moves=st.none() | moves)  # fmt: skip
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6), costs, st.booleans(), st.booleans(), st.integers(0, 1 << 32))
@@ -48,9 +51,9 @@ def test_stated_need_is_enough(n, m, cost):
 
 
 def test_strategies():
-    def strategy(budget, **asked):
+    def strategy(budget, cost=WIDE, **asked):
         return plan(
-            2048, 50257, WIDE, **{"grads": True, "weights_known": True, **asked}, workspace_bytes=budget
+            2048, 50257, cost, **{"grads": True, "weights_known": True, **asked}, workspace_bytes=budget
         ).strategy
 
     enough = used(2048, 50257, WIDE.least_rows, 50257, WIDE, True)
@@ -58,6 +61,7 @@ def test_strategies():
     assert strategy(enough - 1) is Strategy.RECOMPUTE
     assert strategy(enough, weights_known=False) is Strategy.RECOMPUTE
     assert strategy(enough, grads=False) is Strategy.STATISTICS
+    assert strategy(enough - 1, cost=WIDE._replace(strips_alone=True)) is Strategy.GRADS_IN_FORWARD
 
 
 def test_blocks_are_even():
@@ -78,6 +82,19 @@ def test_a_budget_that_nobody_gave_is_never_refused(n, m, cost, known, budget):
     room = enough(n, m, cost, True, budget)
     assert room >= budget
     assert plan(n, m, cost, grads=True, weights_known=known, workspace_bytes=room).workspace_bytes <= room
+
+
+@given(st.integers(1, 10**5), st.integers(1, 10**5), costs, moves, st.booleans(), st.integers(1 << 20, 1 << 34))
+def test_blocks_are_those_that_take_the_least_time(n, m, cost, moves, known, budget):
+    """No more than by the count of rows, whose plan is one of the two that are compared."""
+    options = {"grads": True, "weights_known": known, "workspace_bytes": enough(n, m, cost, True, budget)}
+    timed, counted = (plan(n, m, cost._replace(moves=by), **options) for by in (moves, None))
+
+    def time(p):
+        sweeps = 1 if p.strategy is Strategy.GRADS_IN_FORWARD else 2
+        return seconds(steps(n, m, p.block_rows, p.block_cols, moves, sweeps=sweeps), moves.rates)
+
+    assert timed == counted if cost.strips_alone else time(timed) <= time(counted)
 
 
 # what `walk.cost` gives for bfloat16 operands on CUDA

@@ -26,7 +26,7 @@ from cosup.contrastive import info_nce
 
 
 class InfoNCELoss(CachedLossMixin, MultipleNegativesRankingLoss):
-    """``MultipleNegativesRankingLoss``, and its cached form: same value and gradients, no matrix of similarities.
+    """``MultipleNegativesRankingLoss``, and its cached form: same value and gradients, within a memory budget.
 
     The columns are (anchor, positive) or (anchor, positive, negative, ...), each of B texts: a query's candidates are
     the texts of all columns but the first. Labels are ignored.

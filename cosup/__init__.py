@@ -36,7 +36,7 @@ __all__ = [
     "unpatch",
 ]
 
-# What needs transformers or FAISS is imported when it is first asked for: the losses alone need neither.
+# What needs transformers is imported when it is first asked for: the losses alone need neither.
 _LATER = {
     "GenCtxConfig": "model",
     "GenCtxModel": "model",

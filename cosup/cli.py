@@ -228,7 +228,7 @@ def index(
     model: Model,
     passages: PassagesFile,
     out: IndexPlace,
-    factory: Annotated[str, typer.Option(help="FAISS factory string, of an index in a folder.")] = "Flat",
+    factory: Annotated[str, typer.Option(help="Flat, or a FAISS factory string; of an index in a folder.")] = "Flat",
     batch_size: BatchSize = 64,
 ) -> None:
     """Embed every passage with Ctx and save a searchable index."""

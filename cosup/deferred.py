@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -39,6 +39,7 @@ class Refused(ValueError):
         super().__init__(f"model: {want}; {name} {does}. cosup.unpatch(model) leaves it as it was")
 
 
+@dataclass(eq=False, repr=False)
 class DeferredLogits:
     """Logits [..., V] that are not made: what the head was given, [..., D], and what was done to its output since.
 
@@ -48,18 +49,20 @@ class DeferredLogits:
     be there, as those of parametrizations.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Any, call: Call, dtype: torch.dtype,
-                 added: tuple[tuple[Tensor, Tensor, Tensor | None, float], ...] = (), scale: float = 1.0,
-                 cap: float | None = None, width: int | None = None):  # fmt: skip
-        self.hidden, self.weight, self.bias, self.head, self.call = hidden, weight, bias, head, call
-        self.dtype, self.added, self.scale, self.cap, self.width = dtype, added, scale, cap, width
-
-    def _with(self, **changes: Any) -> DeferredLogits:
-        return DeferredLogits(**{**vars(self), **changes})
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    head: Any
+    call: Call
+    dtype: torch.dtype
+    added: tuple[tuple[Tensor, Tensor, Tensor | None, float], ...] = ()
+    scale: float = 1.0
+    cap: float | None = None
+    width: int | None = None
 
     def _with_rows(self, change: Callable[[Tensor], Tensor], **changes: Any) -> DeferredLogits:
-        added = tuple((change(hidden), *part) for hidden, *part in self.added)
-        return self._with(hidden=change(self.hidden), added=added, **changes)
+        added = tuple((change(hidden), w, bias, factor) for hidden, w, bias, factor in self.added)
+        return replace(self, hidden=change(self.hidden), added=added, **changes)
 
     def _refuse(self, does: str) -> NoReturn:
         raise Refused(self.call.name, f"does {does} with them")
@@ -88,7 +91,7 @@ class DeferredLogits:
         return self
 
     def float(self) -> DeferredLogits:
-        return self._with(dtype=torch.float32)
+        return replace(self, dtype=torch.float32)
 
     def to(self, *args, **kwargs) -> DeferredLogits:
         like = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
@@ -119,8 +122,8 @@ class DeferredLogits:
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
             self._refuse(f"a product with {factor!r}" if isinstance(factor, int | float) else "a product with a tensor")
         if self.cap is not None:
-            return self._with(cap=self.cap * factor)
-        return self._with(scale=self.scale * factor)
+            return replace(self, cap=self.cap * factor)
+        return replace(self, scale=self.scale * factor)
 
     __rmul__ = mul = __mul__
 
@@ -132,7 +135,7 @@ class DeferredLogits:
     def tanh(self) -> DeferredLogits:
         if self.cap is not None:
             self._refuse("a second tanh")
-        return self._with(cap=1.0)
+        return replace(self, cap=1.0)
 
     def _loss_arguments(self) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         """Of `linear_cross_entropy` and `linear_log_prob`: (input, weight), and what the logits are besides."""
@@ -188,7 +191,7 @@ class DeferredLogits:
         if not isinstance(other, DeferredLogits) or other.added or (self.cap, self.width, other.cap) != (None,) * 3:
             self._refuse("a sum with something else")
         part = (other.hidden, other.weight, other.bias, other.scale / self.scale)
-        return self._with(added=(*self.added, part), dtype=torch.promote_types(self.dtype, other.dtype))
+        return replace(self, added=(*self.added, part), dtype=torch.promote_types(self.dtype, other.dtype))
 
     def _other_operation(self, *others):
         self._refuse("another operation than a product, a quotient, a tanh or a shape")

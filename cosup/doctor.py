@@ -17,7 +17,7 @@ from cosup import gemm
 from cosup.kernels import native
 from cosup.walk import LEAST_CAPABILITY, default_workspace, runs_triton
 
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "faiss-cpu", "bm25s", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy")
 
 
 class Finding(NamedTuple):
@@ -36,6 +36,8 @@ def examine() -> list[Finding]:
         _workspace(),
         _flash_attention("flash-attn-4", 9),
         _flash_attention("flash-attn", 8),
+        _optional("faiss-cpu", "indexes are exact, by torch", "pip install 'cosup[faiss]'"),
+        _optional("bm25s", "`cosup eval` and `cosup demo` need it", "pip install 'cosup[bm25]'"),
         _optional("gguf", "`cosup data smollm2` needs it", "pip install gguf"),
     ]
     return found

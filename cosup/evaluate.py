@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import bm25s
 import torch
 from matplotlib.figure import Figure
 from rich.console import Group
@@ -48,8 +47,8 @@ def evaluate(
     """The report of a model on held-out instances; numbers, strings, None and dicts of them, ready for JSON.
 
     index: of every passage, by this model; instances may name its passages only. All are read into memory.
-    bm25: rank with BM25 too. answers: let Gen answer this many instances, the first that have answers.
-    max_new_tokens: of each such answer.
+    bm25: rank with BM25 too, by the package bm25s. max_new_tokens: of each answer.
+    answers: let Gen answer this many instances, the first that have answers.
 
         {"instances": 733, "passages": 10033,
          "ntp": {"loss": 3.1, "targets": 30000, "loss_with_passages": 3.6, "targets_with_passages": 66000, "lost": 0},
@@ -61,7 +60,8 @@ def evaluate(
         first [Ret], or [Ret] alone where the output has none. Cutoffs above the size of the corpus are left out.
         A share of nothing is None. Work is done under the caller's autocast, if any.
 
-    Raises ValueError for no instances, options out of range, and a gold passage that the index does not hold.
+    Raises ValueError for no instances, options out of range, and a gold passage that the index does not hold;
+    RuntimeError for bm25 where bm25s is not installed.
     """
     if not instances:
         raise ValueError("instances: wanted at least one, got none")
@@ -76,10 +76,12 @@ def evaluate(
         if unknown:
             raise ValueError(f"index: wanted the passages of {instance.id!r}, got none with the id {unknown[0]!r}")
 
+    asked = [instance for instance in instances if instance.passages]
+    depth = min(CUTOFFS[-1], len(index))
+    by_words = _bm25(asked, corpus, depth) if bm25 and asked else []  # first of all: its package may be missing
     training = model.training
     model.eval()
     try:
-        asked = [instance for instance in instances if instance.passages]
         report: dict[str, Any] = {
             "instances": len(instances),
             "passages": len(index),
@@ -87,11 +89,10 @@ def evaluate(
             "retrieval": {},
         }
         if asked:
-            depth = min(CUTOFFS[-1], len(index))
             _, found = index.search(query_vectors(model, asked, batch_size=batch_size), k=depth)
             report["retrieval"]["Gen"] = _recall(asked, found)
-            if bm25:
-                report["retrieval"]["BM25"] = _recall(asked, _bm25(asked, corpus, depth))
+            if by_words:
+                report["retrieval"]["BM25"] = _recall(asked, by_words)
         if answers:
             answerable = [instance for instance in instances if instance.answers][:answers]
             report["answers"] = _answers(model, answerable, index, batch_size, max_new_tokens)
@@ -238,6 +239,10 @@ def _until_retrieval(model: GenCtxModel, instance: Instance) -> list[int]:
 
 def _bm25(instances: Sequence[Instance], passages: Sequence[Passage], depth: int) -> list[list[Passage]]:
     """What BM25 finds with the inputs as queries, best first. It reads the same passage text as Ctx, uncut."""
+    try:
+        import bm25s
+    except ImportError as error:
+        raise RuntimeError("BM25 needs bm25s: pip install 'cosup[bm25]'") from error
     ranker = bm25s.BM25()
     texts = [passage_text(passage.title, passage.text) for passage in passages]
     ranker.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)

@@ -1,10 +1,14 @@
-"""The nonparametric table at rest: the vectors of a corpus in a FAISS index, its passages beside them.
+"""The nonparametric table at rest: the vectors of a corpus, its passages beside them.
 
     score[q, m] = <x[q], w[m]>        x, w of unit length where `normalize`        exact for the factory "Flat"
 
-A saved index is one folder: index.faiss, passages.parquet (row number = vector number) and manifest.json, which holds
-the fingerprint of the model that made the vectors and the sha256 of the two others.
+"Flat" is a tensor that torch searches; every other factory is an index of FAISS, which is imported for it alone.
+
+A saved index is one folder: vectors.safetensors ("Flat") or index.faiss, passages.parquet (row number = vector number)
+and manifest.json, which holds the fingerprint of the model that made the vectors and the sha256 of the two others.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -15,20 +19,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from cosup.data.schema import Passage
+from cosup.nearest import home, nearest
+
+if TYPE_CHECKING:
+    import faiss
 
 FORMAT_VERSION = 1
-_VECTORS, _PASSAGES, _MANIFEST = "index.faiss", "passages.parquet", "manifest.json"
+FLAT = "Flat"
+_FLAT, _FAISS, _PASSAGES, _MANIFEST = "vectors.safetensors", "index.faiss", "passages.parquet", "manifest.json"
+_FILES = (_FLAT, _FAISS, _PASSAGES, _MANIFEST)
 _FIELDS = {"format_version": int, "fingerprint": str, "dim": int, "pooling": str, "normalize": bool, "count": int}
 _FIELDS |= {"factory": str, "sha256": dict}
 
@@ -74,7 +85,7 @@ class SequenceIndex:
 
     def __init__(
         self,
-        vectors: faiss.Index,
+        vectors: Tensor | faiss.Index,
         passages: list[Passage],
         *,
         fingerprint: str,
@@ -82,7 +93,7 @@ class SequenceIndex:
         normalize: bool,
         factory: str,
     ) -> None:
-        self.vectors = vectors
+        self.vectors = vectors  # [M, D] float32 where the factory is "Flat"
         self.passages = passages  # passages[m] belongs to vector m
         self.fingerprint, self.pooling, self.normalize, self.factory = fingerprint, pooling, normalize, factory
 
@@ -91,7 +102,7 @@ class SequenceIndex:
 
     @property
     def dim(self) -> int:
-        return self.vectors.d
+        return self.vectors.shape[1] if isinstance(self.vectors, Tensor) else self.vectors.d
 
     @classmethod
     def build(
@@ -102,40 +113,42 @@ class SequenceIndex:
         fingerprint: str,
         pooling: str,
         normalize: bool,
-        factory: str = "Flat",
+        factory: str = FLAT,
         batch_size: int = 64,
-    ) -> "SequenceIndex":
+    ) -> SequenceIndex:
         """Embed the passages batch by batch, in order.
 
         Args:
             embed: up to batch_size passages -> [P, D], any float dtype, any device.
-            factory: a FAISS index factory string. One that has to be trained ("IVF64,Flat") is trained on all vectors,
-                which are kept until then (4 * M * D bytes, as many as "Flat" holds anyway).
+            factory: "Flat", exact, or a FAISS index factory string. One that has to be trained ("IVF64,Flat") is
+                trained on all vectors, which are kept until then (4 * M * D bytes, as many as "Flat" holds anyway).
 
         Raises ValueError for an empty corpus, an id that comes twice, vectors of a wrong shape or not finite (naming
-        the passage), a factory that FAISS does not know or cannot train on so few passages.
+        the passage), a factory that FAISS does not know or cannot train on so few passages; RuntimeError for a factory
+        other than "Flat" where FAISS is not installed.
         """
+        if factory != FLAT:
+            _faiss(f"factory: {factory!r}")
         kept: list[Passage] = []
-        waiting: list[np.ndarray] = []  # until the index can be trained
-        vectors: faiss.Index | None = None
+        waiting: list[np.ndarray] = []  # until the index can be trained; all of "Flat"
+        index: faiss.Index | None = None
         for batch, block_PD in embedded_batches(passages, embed, normalize, batch_size):
             kept += batch
-            if vectors is None:
-                vectors = _empty(block_PD.shape[1], factory)
-            if vectors.is_trained:
-                vectors.add(block_PD)
+            if index is None and factory != FLAT:
+                index = _empty(block_PD.shape[1], factory)
+            if index is not None and index.is_trained:
+                index.add(block_PD)
             else:
-                waiting.append(block_PD)
-        assert vectors is not None
-        if waiting:
+                waiting.append(block_PD.copy())  # `embed` may give the same memory each time
+        if index is not None and waiting:
             corpus_MD = np.concatenate(waiting)
             try:
-                vectors.train(corpus_MD)
+                index.train(corpus_MD)
             except RuntimeError as error:
                 raise ValueError(f"factory: {factory!r} cannot be trained on {len(kept)} passages: {error}") from error
-            vectors.add(corpus_MD)
+            index.add(corpus_MD)
         return cls(
-            vectors,
+            torch.from_numpy(np.concatenate(waiting)) if index is None else index,
             kept,
             fingerprint=fingerprint,
             pooling=pooling,
@@ -145,29 +158,39 @@ class SequenceIndex:
 
     @classmethod
     def from_model(
-        cls, model: Encoder, passages: Iterable[Passage], *, factory: str = "Flat", batch_size: int = 64
-    ) -> "SequenceIndex":
+        cls, model: Encoder, passages: Iterable[Passage], *, factory: str = FLAT, batch_size: int = 64
+    ) -> SequenceIndex:
         """The index of a `GenCtxModel` over passages, embedded by length so that batches hold little padding."""
         return build_with(model, passages, partial(cls.build, factory=factory, batch_size=batch_size))
 
     def search(self, queries: Tensor, k: int = 1) -> tuple[Tensor, list[list[Passage]]]:
         """The k passages of the highest score, best first, for each query.
 
-        queries: [Q, D] float -> scores [Q, k] float32 on the CPU, passages Q lists of k. An index in cells (IVF) that
-        finds fewer than k in those it looks at first looks at all.
+        queries: [Q, D] float -> scores [Q, k] float32 on the CPU, passages Q lists of k. "Flat" moves to the
+        queries' device, and stays there, if half of its free memory holds it; else it is searched where it is. Of equal
+        scores the earlier passage comes first. An index in cells (IVF) that finds fewer than k in those it looks at
+        first looks at all.
 
         Raises ValueError for queries of another shape or not finite, and for k outside 1..len(self).
         """
         queries_QD = checked_queries(self, queries, k)
-        scores, rows = self.vectors.search(queries_QD, k)
-        cells = faiss.try_extract_index_ivf(self.vectors)
+        if isinstance(self.vectors, Tensor):
+            self.vectors = self.vectors.to(home(self.vectors, queries_QD.device))
+            scores, rows = nearest(queries_QD.to(self.vectors.device), self.vectors, k)
+        else:
+            scores, rows = self._by_faiss(self.vectors, queries_QD.cpu().numpy(), k)
+        return scores, [[self.passages[m] for m in row] for row in rows.tolist()]
+
+    def _by_faiss(self, vectors: faiss.Index, queries_QD: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+        scores, rows = vectors.search(queries_QD, k)
+        cells = _faiss().try_extract_index_ivf(vectors)
         if (rows < 0).any() and cells is not None:
             nprobe, cells.nprobe = cells.nprobe, cells.nlist
-            scores, rows = self.vectors.search(queries_QD, k)
+            scores, rows = vectors.search(queries_QD, k)
             cells.nprobe = nprobe
         if (rows < 0).any():
             raise ValueError(f"k: wanted at most what {self.factory!r} finds for every query, got {k}")
-        return torch.from_numpy(scores), [[self.passages[m] for m in row] for row in rows.tolist()]
+        return torch.from_numpy(scores), torch.from_numpy(rows)
 
     def save(self, folder: str | Path) -> None:
         """Write the index as `folder`, in place of an index that is there.
@@ -183,7 +206,7 @@ class SequenceIndex:
         part, before = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part"), _before(folder)
         part.mkdir()
         try:
-            faiss.write_index(self.vectors, str(part / _VECTORS))
+            vectors_file = _write(self.vectors, part)
             columns = {name: [getattr(p, name) for p in self.passages] for name in ("id", "title", "text")}
             pq.write_table(pa.table(columns), part / _PASSAGES)
             manifest = {
@@ -194,7 +217,7 @@ class SequenceIndex:
                 "normalize": self.normalize,
                 "count": len(self),
                 "factory": self.factory,
-                "sha256": {name: _sha256(part / name) for name in (_VECTORS, _PASSAGES)},
+                "sha256": {name: _sha256(part / name) for name in (vectors_file, _PASSAGES)},
             }
             (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             for file in part.iterdir():
@@ -211,7 +234,7 @@ class SequenceIndex:
         shutil.rmtree(before, ignore_errors=True)
 
     @classmethod
-    def load(cls, folder: str | Path, fingerprint: str | None) -> "SequenceIndex":
+    def load(cls, folder: str | Path, fingerprint: str | None) -> SequenceIndex:
         """Read a saved index; both files are checked against the manifest before they are opened.
 
         Args:
@@ -219,28 +242,33 @@ class SequenceIndex:
                 risk.
 
         Raises ValueError for a missing, truncated or changed file, a manifest of another format, an index of another
-        model, and parts that do not belong together. The manifest guards against damage, not against a forger.
+        model, and parts that do not belong together; RuntimeError for vectors in index.faiss where FAISS is not
+        installed. The manifest guards against damage, not against a forger.
         """
         folder = Path(folder)
         if not folder.exists() and _before(folder).exists():
             folder = _before(folder)  # a save was killed between its two renames
         manifest = _manifest(folder)
         check_fingerprint(folder, fingerprint, manifest["fingerprint"])
-        for name in (_VECTORS, _PASSAGES):
+        vectors_file = _FAISS if _FAISS in manifest["sha256"] else _FLAT
+        for name in (vectors_file, _PASSAGES):
             wanted = manifest["sha256"].get(name)
             got = _sha256(folder / name) if (folder / name).is_file() else "no file"
             if got != wanted:
                 raise ValueError(f"{folder / name}: damaged or changed: wanted sha256 {wanted}, got {got}")
+        if vectors_file == _FAISS:
+            _faiss(f"{folder / _FAISS}")
         try:
-            vectors = faiss.read_index(str(folder / _VECTORS))
+            vectors = _read(folder / vectors_file, manifest["factory"])
             rows = pq.read_table(folder / _PASSAGES, columns=["id", "title", "text"]).to_pylist()
-        except (RuntimeError, pa.ArrowException, OSError) as error:
+        except (RuntimeError, SafetensorError, pa.ArrowException, OSError) as error:
             raise ValueError(f"{folder}: unreadable: {error}") from error
-        counts = {"manifest": manifest["count"], _VECTORS: vectors.ntotal, _PASSAGES: len(rows)}
+        count, dim = vectors.shape if isinstance(vectors, Tensor) else (vectors.ntotal, vectors.d)
+        counts = {"manifest": manifest["count"], vectors_file: count, _PASSAGES: len(rows)}
         if len(set(counts.values())) != 1 or not rows:
             raise ValueError(f"{folder}: wanted as many vectors as passages, and one or more, got {counts}")
-        if vectors.d != manifest["dim"] or vectors.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise ValueError(f"{folder}: wanted inner products of {manifest['dim']}, got {vectors.d} or another metric")
+        if dim != manifest["dim"]:
+            raise ValueError(f"{folder}: wanted vectors of {manifest['dim']}, got {dim}")
         return cls(
             vectors,
             [Passage(**row) for row in rows],
@@ -266,7 +294,7 @@ def embedded_batches(
                 raise ValueError(f"passages: id {passage.id!r} comes twice")
             seen.add(passage.id)
         with torch.no_grad():
-            block_PD = _prepared(embed(batch), "embed", normalize)
+            block_PD = _prepared(embed(batch), "embed", normalize).cpu().numpy()
         if len(block_PD) != len(batch):
             raise ValueError(f"embed: wanted {len(batch)} vectors for {len(batch)} passages, got {len(block_PD)}")
         bad = np.flatnonzero(~np.isfinite(block_PD).all(axis=1))
@@ -296,31 +324,61 @@ def build_with(model: Encoder, passages: Iterable[Passage], build: Callable[...,
         model.train(training)
 
 
-def checked_queries(index: PassageIndex, queries: Tensor, k: int) -> np.ndarray:
+def checked_queries(index: PassageIndex, queries: Tensor, k: int) -> Tensor:
     """The queries [Q, D] as the index compares them, float32; ValueError for what `search` does not take."""
     if not 1 <= k <= len(index):
         raise ValueError(f"k: wanted 1 to {len(index)}, the size of the corpus, got {k}")
     queries_QD = _prepared(queries, "queries", index.normalize)
     if queries_QD.shape[1] != index.dim:
         raise ValueError(f"queries: wanted [Q, {index.dim}], got {list(queries_QD.shape)}")
-    if not np.isfinite(queries_QD).all():
+    if not queries_QD.isfinite().all():
         raise ValueError("queries: wanted finite vectors, got NaN or infinity")
     return queries_QD
 
 
-def _prepared(vectors: Tensor, name: str, normalize: bool) -> np.ndarray:
+def _prepared(vectors: Tensor, name: str, normalize: bool) -> Tensor:
     if not isinstance(vectors, Tensor) or vectors.ndim != 2 or not vectors.is_floating_point():
         got = f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, Tensor) else type(vectors).__name__
         raise ValueError(f"{name}: wanted a float tensor [rows, D], got {got}")
-    vectors = vectors.detach().float().cpu()
-    return (F.normalize(vectors, dim=1) if normalize else vectors).contiguous().numpy()
+    vectors = vectors.detach().float()
+    return (F.normalize(vectors, dim=1) if normalize else vectors).contiguous()
+
+
+def _faiss(what: str = "the index") -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise RuntimeError(f"{what} needs FAISS: pip install 'cosup[faiss]'") from error
+    return faiss
 
 
 def _empty(dim: int, factory: str) -> faiss.Index:
+    faiss = _faiss()
     try:
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ValueError(f"factory: wanted a FAISS factory string for {dim} dimensions, got {factory!r}") from error
+
+
+def _write(vectors: Tensor | faiss.Index, folder: Path) -> str:
+    """The name of the file that they are in."""
+    if isinstance(vectors, Tensor):
+        save_file({FLAT: vectors}, folder / _FLAT)
+        return _FLAT
+    _faiss().write_index(vectors, str(folder / _FAISS))
+    return _FAISS
+
+
+def _read(path: Path, factory: str) -> Tensor | faiss.Index:
+    if path.name == _FLAT:
+        return load_file(path)[FLAT]
+    faiss = _faiss()
+    index = faiss.read_index(str(path))
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise ValueError(f"{path}: wanted inner products, got another metric")
+    if factory == FLAT:  # saved when FAISS searched "Flat" too
+        return torch.from_numpy(index.reconstruct_n(0, index.ntotal))
+    return index
 
 
 def _before(folder: Path) -> Path:
@@ -334,7 +392,7 @@ def _strange(folder: Path) -> str | None:
         return None
     if not folder.is_dir():
         return folder.name
-    return next((file.name for file in folder.iterdir() if file.name not in (_VECTORS, _PASSAGES, _MANIFEST)), None)
+    return next((file.name for file in folder.iterdir() if file.name not in _FILES), None)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

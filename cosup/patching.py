@@ -134,7 +134,8 @@ def _check_plain(head: Any, name: str) -> None:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return hasattr(getattr(module.__dict__.get("forward"), "__func__", None), "of_cosup")
+    forward = module.__dict__.get("forward")  # torch 2.11's compiler knows no `__func__` of it
+    return isinstance(forward, MethodType) and hasattr(forward, "of_cosup")
 
 
 def _set_forward(module: nn.Module, forward: Callable) -> None:

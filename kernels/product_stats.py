@@ -21,6 +21,7 @@ from cosup.kernels.tile_stats import to_logits
 COLUMNS = 128  # that share one statistic, half a tile or all of it
 FIELDS = 5  # of a statistic: max, sum, dot, soft, above
 MERGED_ROWS, MERGED_TILES = 32, 32  # that a program of the second kernel takes at once
+SPILLS_WIDE = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)  # tiles of 256 columns on Blackwell
 
 
 class Tile(NamedTuple):
@@ -40,7 +41,7 @@ def tile_for(target: GPUTarget, features: bool) -> Tile:
         return Tile(128, 128, 64, 8, num_warps=8, num_stages=2)
     if not has_descriptors(target) or target.arch >= 120:
         return Tile(128, 128, 64, 8, num_warps=8, num_stages=3)
-    wide = target.arch >= 100 or not features
+    wide = not SPILLS_WIDE if target.arch >= 100 else not features
     return Tile(128, 256 if wide else 128, 64, 16, num_warps=8, num_stages=4)
 
 

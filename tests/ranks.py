@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from cosup import info_nce, linear_cross_entropy, linear_log_prob, plan, sigmoid_loss, walk
+from cosup import gemm, info_nce, linear_cross_entropy, linear_log_prob, plan, sigmoid_loss, walk
 from cosup.bench.measure import peak_bytes
 
 N, D, V = 41, 7, 90
@@ -199,6 +199,30 @@ def ring_in_slabs(rank, world):
             results.append((loss, *(f[rows] for f in stats), dq[rows], dc[columns]) if group is None else
                            (loss, *stats, dq, dc))  # fmt: skip
         torch.testing.assert_close(*results)
+
+
+def two_sweeps_have_the_same_logits(rank, world):
+    """Bit by bit, in slabs: over candidates in a ring or gathered, and over a head in parts."""
+    torch.manual_seed(0)
+    found, real = [], gemm.dots
+    gemm.dots = lambda a, b, out, **options: found.append((real(a, b, out, **options), out.clone())[1])
+    plan.SLAB_HEIGHT, walk.LEAST_ROWS["cpu"] = 1, 8
+    q, c = torch.randn(90, 16, requires_grad=True), torch.randn(300 + 7 * rank, 16, requires_grad=True)
+    target = torch.randint(600, (90,))
+    dist.broadcast(q.data, 0)
+    dist.broadcast(target, 0)
+    options = {"process_group": dist.group.WORLD, "workspace_bytes": 40_000, "reduction": "none"}
+    for loss in (
+        lambda: info_nce(q, c, layout="ring", **options),
+        lambda: info_nce(q, c, layout="ring", symmetric=True, **options),
+        lambda: info_nce(q, c, symmetric=True, **options),
+        lambda: linear_cross_entropy(q, c, target, **options),
+    ):
+        found.clear()
+        loss().sum().backward()
+        half = len(found) // 2
+        assert half > 4 and len(found) == 2 * half, (half, len(found))
+        assert all(torch.equal(one, other) for one, other in zip(found[:half], found[half:], strict=True))
 
 
 def peak_memory(rank, world, layout, folder):

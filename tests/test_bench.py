@@ -69,13 +69,15 @@ def test_every_method_of_linear_cross_entropy_has_time_memory_and_error(results,
     first, second = problems(results)
     assert [problem["size"][k] for problem in (first, second) for k in "NDV"] == [24, 8, 60, 7, 4, 33]
     rows = rows_of(first)
-    assert {"three torch.mm", "three GEMMs", "cosup", "plain", "torch chunked"} <= set(rows)
+    chunked = ["torch chunked"] if hasattr(F, "linear_cross_entropy") else []  # from torch 2.13 on
+    assert {"three torch.mm", "three GEMMs", "cosup", "plain", *chunked} <= set(rows)
+    assert chunked or first["absent"]["torch chunked"] == "not installed (torch >= 2.13 has it)"
     for name, row in rows.items():
         assert row["failed"] is None and row["peak_bytes"] > 0 and row["ratio"] > 0 and name in output
         assert row["flop_per_second"] == pytest.approx(6 * 24 * 8 * 60 / min(row["seconds"]))
         for times in TIMES if name in peers.PEERS or name == "cosup" else ["seconds"]:
             assert len(row[times]) == 2
-    for name in ("cosup", "plain", "torch chunked"):
+    for name in ("cosup", "plain", *chunked):
         assert all(0 <= rows[name][error] < 1e-5 for error in ERRORS)
 
 

@@ -33,7 +33,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_train_index_generate_eval(files):
+def test_train_index_generate(files):
     pair, passages, instances = files / "pair", files / "passages.jsonl", files / "instances.jsonl"
     run("train", "--gen", files / "gen", "--ctx", files / "ctx", "--instances", instances, "--passages", passages,
         "--output_dir", pair, "--max_steps", 2, "--per_device_train_batch_size", 4, "--report_to", "none", "--use_cpu",
@@ -43,6 +43,11 @@ def test_train_index_generate_eval(files):
     assert question in run("generate", pair, files / "index", question, "--max-new-tokens", 4)
     line = json.loads(run("generate", pair, files / "index", question, "--max-new-tokens", 4, "--json"))
     assert line["input"] == question
+
+
+def test_eval(files):
+    pytest.importorskip("bm25s")
+    pair, passages, instances = files / "gen", files / "passages.jsonl", files / "instances.jsonl"
     assert "R@1" in run("eval", pair, instances, passages, "--answers", 2, "--out", files / "eval")
     assert json.loads((files / "eval/report.json").read_text())["instances"] == 24
     assert (files / "eval/retrieval.png").stat().st_size > 1000
@@ -71,7 +76,7 @@ def test_doctor_says_the_same_as_one_json_object():
     assert said == {f.name: {"state": f.state, "advice": f.advice} for f in doctor.examine()}
     assert set(said) == {
         "cosup", "python", *doctor.PACKAGES, "CPU kernels", "GPU", "GPU kernels", "workspace",
-        "flash-attn-4", "flash-attn", "gguf",
+        "flash-attn-4", "flash-attn", "faiss-cpu", "bm25s", "gguf",
     }  # fmt: skip
 
 

@@ -37,6 +37,10 @@ def test_ring_in_slabs():
     ranks.run(ranks.ring_in_slabs, 3)
 
 
+def test_two_sweeps_have_the_same_logits():
+    ranks.run(ranks.two_sweeps_have_the_same_logits, 2)
+
+
 def test_memory_of_a_ring_does_not_grow_with_the_ranks(tmp_path):
     for world, layout in itertools.product((2, 4), ("ring", "all_gather")):
         ranks.run(functools.partial(ranks.peak_memory, layout=layout, folder=tmp_path), world)

@@ -95,6 +95,7 @@ def test_recall_and_mrr_take_the_first_gold_passage():
 
 def test_retrieval_ranks_the_whole_corpus(model, index):
     """Gen's ranks from an index of its own query vectors are perfect; BM25's follow the words of the input."""
+    pytest.importorskip("bm25s")
     asked = [i for i in INSTANCES if i.passages]
     vectors = dict(zip((i.passages[0] for i in asked), query_vectors(model, asked), strict=True))
     dim = len(next(iter(vectors.values())))
@@ -143,6 +144,7 @@ def test_correctness_is_word_for_word():
 
 
 def test_report_is_json_and_is_shown(model, index, tmp_path):
+    pytest.importorskip("bm25s")
     model.train()
     report = evaluate(model, INSTANCES, index, answers=3, max_new_tokens=6)
     assert model.training, "the mode is given back"

@@ -140,7 +140,7 @@ def test_one_forward_over_the_whole_output_agrees(name: str):
     for seed in range(4):
         model, index = random_pair(name, seed)
         control = control_ids(model.gen_tokenizer)
-        vectors = torch.from_numpy(index.vectors.reconstruct_n(0, len(index))).double()
+        vectors = index.vectors.double()
         for prompt, generation in zip(PROMPTS, model.generate(PROMPTS, index, max_new_tokens=24), strict=True):
             start = prompt_ids(model.gen_tokenizer, prompt)
             ids = torch.tensor([start + generation.tokens])

@@ -1,11 +1,12 @@
 """The index finds what brute force finds, and what was saved comes back or is refused by name."""
 
+import hashlib
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -14,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cosup import nearest
 from cosup.data.schema import Passage
 from cosup.index import SequenceIndex
 from tiny import tiny_passages
 
+needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="FAISS is not installed")
 D = 8
 PASSAGES = list(tiny_passages(40).values())
 
@@ -68,9 +71,55 @@ def test_passages_stream_in_batches_and_in_order():
 
     index = SequenceIndex.build(corpus(), embed, fingerprint="f", pooling="last", normalize=True, batch_size=16)
     assert sizes == [16, 16, 8] and index.passages == PASSAGES and len(index) == 40 and index.dim == D
-    assert index.vectors.metric_type == faiss.METRIC_INNER_PRODUCT
 
 
+@pytest.mark.parametrize("tile", [(1, 1), (3, 7), (256, 1 << 22)])
+@pytest.mark.parametrize(("queries", "size", "k"), [(5, 40, 3), (4, 40, 40), (1, 9, 5), (0, 40, 2)])
+def test_of_equal_scores_the_earlier_comes_first(tile, queries: int, size: int, k: int, monkeypatch):
+    """Small integers: products are exact, and many are equal, zero, or its negative."""
+    monkeypatch.setattr(nearest, "_QUERIES", tile[0])
+    monkeypatch.setattr(nearest, "_SCORES", tile[1])
+    table, asked = (torch.randint(-2, 3, (rows, D)).float() * sign for rows, sign in ((size, 1), (queries, -0.5)))
+    scores, rows = nearest.nearest(asked, table, k)
+    wanted = (asked.double() @ table.double().T).numpy()
+    order = np.argsort(-wanted, axis=1, kind="stable")[:, :k]
+    assert (rows.numpy() == order).all() and (scores.numpy() == np.take_along_axis(wanted, order, 1)).all()
+
+
+def test_a_product_that_vanishes_is_zero_whatever_its_sign():
+    _, rows = nearest.nearest(torch.full((3, 1), -1e-30), torch.tensor([[1e-30], [0.0], [-1e-30]]), 3)
+    assert rows.tolist() == [[0, 1, 2]] * 3
+
+
+def test_search_is_in_float32_under_autocast():
+    index, asked = build(), vectors(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, passages = index.search(asked, 5)
+    wanted = index.search(asked, 5)
+    assert torch.equal(scores, wanted[0]) and passages == wanted[1]
+
+
+def test_vectors_move_to_the_queries_once_where_half_of_the_free_memory_holds_them(monkeypatch: pytest.MonkeyPatch):
+    table, cpu, cuda = vectors(), torch.device("cpu"), torch.device("cuda", 0)
+    for free, wanted in ((2 * table.nbytes - 1, cpu), (2 * table.nbytes, cuda)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
+        assert nearest.home(table, cuda) == wanted
+    assert nearest.home(table, cpu) == cpu
+    assert nearest.home(table.to("meta"), cuda) == torch.device("meta")  # where they went before
+
+
+def test_embed_may_give_the_same_memory_each_time():
+    table, buffer = vectors(), torch.empty(7, D)
+    row_of = {passage.id: row for row, passage in enumerate(PASSAGES)}
+
+    def embed(batch: list[Passage]) -> Tensor:
+        return buffer[: len(batch)].copy_(table[[row_of[p.id] for p in batch]])
+
+    options = {"fingerprint": "f", "pooling": "mean", "normalize": False, "batch_size": 7}
+    assert torch.equal(SequenceIndex.build(PASSAGES, embed, **options).vectors, table)
+
+
+@needs_faiss
 @pytest.mark.parametrize(
     ("factory", "k", "recall"),
     [("IVF4,Flat", 40, 0.8), ("PCA4,IVF4,Flat", 40, 0.4), ("HNSW8", 5, 0.8), ("SQ8", 40, 0.8)],  # by chance: 0.025
@@ -79,6 +128,7 @@ def test_any_factory_trains_where_it_must_and_finds_k(factory: str, k: int, reca
     built = build(factory=factory)
     built.save(tmp_path / "index")
     for index in (built, SequenceIndex.load(tmp_path / "index", None)):
+        assert (tmp_path / "index/index.faiss").is_file() and not isinstance(index.vectors, Tensor)
         scores, passages = index.search(vectors(), k)  # where all are asked for: more than one cell holds
         assert all(len({p.id for p in row}) == k for row in passages)
         assert (scores.diff(dim=1) <= 0).all() and index.factory == factory
@@ -95,10 +145,31 @@ def test_a_saved_index_comes_back(tmp_path: Path):
         assert getattr(again, name) == getattr(index, name)
     query = vectors(3)
     assert torch.equal(again.search(query, 5)[0], index.search(query, 5)[0])
-    assert sorted(os.listdir(tmp_path / "deep" / "index")) == ["index.faiss", "manifest.json", "passages.parquet"]
+    files = ["manifest.json", "passages.parquet", "vectors.safetensors"]
+    assert sorted(os.listdir(tmp_path / "deep" / "index")) == files
     assert os.listdir(tmp_path / "deep") == ["index"]
     manifest = json.loads((tmp_path / "deep/index/manifest.json").read_text())
-    assert manifest["count"] == 40 and set(manifest["sha256"]) == {"index.faiss", "passages.parquet"}
+    assert manifest["count"] == 40 and set(manifest["sha256"]) == {"vectors.safetensors", "passages.parquet"}
+
+
+@needs_faiss
+def test_a_flat_index_that_faiss_saved_is_read_as_a_table(tmp_path: Path):
+    import faiss
+
+    index = build()
+    index.save(tmp_path / "index")
+    (tmp_path / "index/vectors.safetensors").unlink()
+    flat = faiss.IndexFlatIP(D)
+    flat.add(index.vectors.numpy())
+    faiss.write_index(flat, str(tmp_path / "index/index.faiss"))
+    digest = hashlib.sha256((tmp_path / "index/index.faiss").read_bytes()).hexdigest()
+    sha256 = json.loads((tmp_path / "index/manifest.json").read_text())["sha256"]
+    sha256 = {"index.faiss": digest, "passages.parquet": sha256["passages.parquet"]}
+    _manifest(sha256=sha256)(tmp_path / "index")
+    again = SequenceIndex.load(tmp_path / "index", None)
+    assert torch.equal(again.vectors, index.vectors) and again.passages == PASSAGES
+    again.save(tmp_path / "index")
+    assert (tmp_path / "index/vectors.safetensors").is_file() and not (tmp_path / "index/index.faiss").exists()
 
 
 def test_saving_again_replaces(tmp_path: Path):
@@ -107,7 +178,7 @@ def test_saving_again_replaces(tmp_path: Path):
     assert len(SequenceIndex.load(tmp_path / "index", None)) == 9 and os.listdir(tmp_path) == ["index"]
 
 
-@pytest.mark.parametrize("broken", ["faiss.write_index", "pq.write_table", "json.dumps", "_flush", "Path.rename"])
+@pytest.mark.parametrize("broken", ["save_file", "pq.write_table", "json.dumps", "_flush", "Path.rename"])
 def test_an_interrupted_save_leaves_the_old_index(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     build().save(tmp_path / "index")
     calls = 0
@@ -186,22 +257,22 @@ def _manifest(**changes):
         (_manifest(format_version=2), "wanted format_version 1, got 2"),
         (_manifest(dim=None), "dim: wanted int, got None"),
         (_manifest(normalize="yes"), "normalize: wanted bool, got 'yes'"),
-        (_truncate("index.faiss"), r"index.faiss: damaged or changed: wanted sha256 \w+, got \w+"),
+        (_truncate("vectors.safetensors"), r"vectors.safetensors: damaged or changed: wanted sha256 \w+, got \w+"),
         (_truncate("passages.parquet"), "passages.parquet: damaged"),
-        (_flip("index.faiss"), "index.faiss: damaged"),
+        (_flip("vectors.safetensors"), "vectors.safetensors: damaged"),
         (_flip("passages.parquet"), "passages.parquet: damaged"),
-        (lambda folder: (folder / "index.faiss").unlink(), "index.faiss: damaged .* got no file"),
+        (lambda folder: (folder / "vectors.safetensors").unlink(), "vectors.safetensors: damaged .* got no file"),
         (lambda folder: (folder / "passages.parquet").unlink(), "passages.parquet: damaged .* got no file"),
         (_manifest(count=39), "as many vectors as passages.*39"),
-        (_manifest(dim=9), "wanted inner products of 9, got 8"),
-        (_manifest(sha256={}), "index.faiss: damaged"),
+        (_manifest(dim=9), "wanted vectors of 9, got 8"),
+        (_manifest(sha256={}), "vectors.safetensors: damaged"),
     ],
 )
 def test_damage_is_named(damage, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     build().save(tmp_path / "index")
     damage(tmp_path / "index")
     if "damaged" in message:  # a file that is not the one that was saved is not opened
-        monkeypatch.setattr(faiss, "read_index", lambda path: pytest.fail("opened"))
+        monkeypatch.setattr("cosup.index.load_file", lambda path: pytest.fail("opened"))
         monkeypatch.setattr(pq, "read_table", lambda path, **options: pytest.fail("opened"))
     with pytest.raises(ValueError, match=message):
         SequenceIndex.load(tmp_path / "index", None)
@@ -236,14 +307,25 @@ def _with_nan(row: int) -> Tensor:
         ({"passages": []}, "passages: wanted at least one, got none"),
         ({"passages": [*PASSAGES, PASSAGES[5]]}, "passages: id 'p5' comes twice"),
         ({"table": _with_nan(17)}, "embed: the vector of passage 'p17' is not finite"),
-        ({"table": _with_nan(17), "normalize": False, "factory": "IVF2,Flat"}, "'p17' is not finite"),
         ({"table": vectors().long()}, r"embed: wanted a float tensor \[rows, D\], got torch.int64"),
-        ({"factory": "Flut"}, "factory: wanted a FAISS factory string for 8 dimensions, got 'Flut'"),
-        ({"factory": "IVF64,Flat"}, "factory: 'IVF64,Flat' cannot be trained on 40 passages"),
         ({"batch_size": 0}, "batch_size: wanted at least 1, got 0"),
     ],
 )
 def test_bad_corpora(options, message: str):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+@needs_faiss
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"table": _with_nan(17), "normalize": False, "factory": "IVF2,Flat"}, "'p17' is not finite"),
+        ({"factory": "Flut"}, "factory: wanted a FAISS factory string for 8 dimensions, got 'Flut'"),
+        ({"factory": "IVF64,Flat"}, "factory: 'IVF64,Flat' cannot be trained on 40 passages"),
+    ],
+)
+def test_bad_factories(options, message: str):
     with pytest.raises(ValueError, match=message):
         build(**options)
 

@@ -201,7 +201,8 @@ def in_processes(rank, world, *, folder):
         want = result(alone(model, **options), columns)
         model.zero_grad()
         loss = InfoNCELoss(model, gather_across_devices=True, mini_batch_size=mini_batch_size, **options)
-        loss.model = DistributedDataParallel(model)
+        # else it writes buffers between a step's calls, which BERT of transformers 5.17 saves for its backward pass
+        loss.model = DistributedDataParallel(model, broadcast_buffers=False)
         own = [column[sum(sizes[:rank]) :][: sizes[rank]] for column in columns]
         value = loss(features(model, own), None)
         value.backward()

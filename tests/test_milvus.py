@@ -167,6 +167,7 @@ def pair() -> GenCtxModel:
 
 
 def test_generation_and_evaluation_take_it(uri, collection):
+    pytest.importorskip("bm25s")
     model, passages, instances = pair(), tiny_passages(24), tiny_instances(24)
     index = MilvusIndex.from_model(model.train(), passages.values(), uri=uri, collection=collection, batch_size=5)
     assert model.training

@@ -238,11 +238,22 @@ class OnlyOn(TorchDispatchMode):
         return result
 
 
+def meta_adds_in_float32() -> bool:
+    x, total = torch.empty(2, 2, dtype=torch.bfloat16, device="meta"), torch.empty(2, 2, device="meta")
+    try:
+        torch.addmm(total, x, x, out_dtype=total.dtype, out=total)
+    except TypeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("budget", [1 << 24, 1 << 19], ids=["whole rows", "slabs"])
 def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
     """As whole graphs and CUDA graphs need it: no value is asked, nothing copied from or to the host. Shown on the meta
     device, whose tensors have no values to ask for, by the operators' own code in place of their fake kernels."""
+    if dtype == torch.bfloat16 and not meta_adds_in_float32():
+        pytest.skip("this torch's addmm cannot take out_dtype on the meta device, as 2.11")
     for name in ("nll_stats", "loss_and_grads", "nll_stats_backward", "column_values", "sigmoid_loss", "lse_of_others",
                  "lse_of_others_backward"):
         monkeypatch.setattr(ops, name, torch.no_grad()(getattr(ops, name)._init_fn))
@@ -378,12 +389,13 @@ def test_rounded_tiles_are_as_exact_as_plain(kind, rows, device, monkeypatch):
 
 
 @pytest.mark.parametrize("reduction, symmetric", [("mean", False), ("none", False), ("mean", True)])
-def test_two_sweeps_multiply_the_same_blocks(reduction, symmetric, monkeypatch):
+def test_two_sweeps_have_the_same_logits(reduction, symmetric, monkeypatch, device):
     """Products of other shapes may round otherwise, and a statistic of them would not be that of the second sweep's."""
-    shapes, real = [], gemm.dots
-    monkeypatch.setattr(gemm, "dots", lambda a, b, out, **k: shapes.append((a.shape, b.shape)) or real(a, b, out))
-    q, k = (torch.randn(n, 16, requires_grad=True) for n in (300, 2000))
+    found, real = [], gemm.dots
+    monkeypatch.setattr(gemm, "dots", lambda a, b, out, **k: found.append((real(a, b, out, **k), out.clone())[1]))
+    q, k = (torch.randn(n, 16, device=device, requires_grad=True) for n in (300, 2000))
     loss, _ = info_nce(q, k, workspace_bytes=300_000, reduction=reduction, symmetric=symmetric, return_stats=True)
     loss.sum().backward()
-    half = len(shapes) // 2
-    assert half > 2 and shapes[:half] == shapes[half:]  # for statistics alone blocks would be wider
+    half = len(found) // 2
+    assert half > 2 and len(found) == 2 * half  # for statistics alone blocks would be wider, and fewer
+    assert all(torch.equal(one, other) for one, other in zip(found[:half], found[half:], strict=True))

@@ -211,7 +211,7 @@ def test_undone_it_is_as_before():
 def test_a_forward_wrapped_since_is_not_thrown_away():
     model = cosup.patch(model_of("plain"))
     ours = model.forward
-    model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    model.forward = functools.wraps(ours)(lambda *args, **kwargs: ours(*args, **kwargs))  # with its attributes
     with pytest.raises(ValueError, match="LlamaForCausalLM"):
         cosup.unpatch(model)
     model.forward = ours

@@ -74,6 +74,8 @@ def check(kernel, constants, types, num_warps, num_stages=3, instructions=(), al
             assert not found, f"{kernel.__name__} {constants}: {found} in a loop"
     assert spills, "no resource usage was reported"
     parked = 0 if kind == "hip" else 2  # an address that ptxas keeps there, once for a program's thousands of numbers
+    if arch == "120" and product_stats.SPILLS_WIDE and spills[1] == 0:
+        parked = 6  # words that Triton before 3.7 writes there and never reads
     assert max(spills) <= parked, f"{kernel.__name__} {constants}: spills {spills}"
     missing = [i for i in instructions if not re.search(rf"\b{i}", text)]
     assert not missing, f"{kernel.__name__} {constants}: no {missing}"

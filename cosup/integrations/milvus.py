@@ -190,7 +190,7 @@ class MilvusIndex:
         if k > _DEEPEST:
             raise ValueError(f"k: wanted at most {_DEEPEST}, as Milvus does, got {k}")
         found: list[Any] = []  # Q lists of hits
-        for part in _parts(list(queries_QD)):
+        for part in _parts(list(queries_QD.cpu().numpy())):
             found += self.client.search(self.collection, data=part, limit=k, output_fields=["row"])
         if any(len(hits) < k for hits in found):
             raise self._changed()

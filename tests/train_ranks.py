@@ -24,6 +24,11 @@ from tiny import tiny_encoder, tiny_gen, tiny_passages, tiny_tokenizer
 BATCH = 8  # instances of a step, of all ranks
 PASSAGES = tiny_passages(96)
 
+# torch.load of torch 2.11 knows no "cpu:0", where transformers wants the optimizer's state of a process of a CPU
+torch.serialization.register_package(
+    50, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 
 def instances(kinds: str, negatives: bool = True) -> list[Instance]:
     """One to a letter: "t" text alone, "q" a query and a hard negative, "d" two queries. No two name one passage."""

@@ -91,8 +91,14 @@ def quack(*, scaled_exp: bool) -> Loss:
     """Its products by default: a search of the best takes minutes."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    options = {"use_scaled_exp": True} if scaled_exp else {"use_scaled_exp": False, "tuned": False}
-    return lambda x, w, target: chunked_linear_cross_entropy(x, w, target, **options)
+    options: dict = {"use_scaled_exp": True} if scaled_exp else {"use_scaled_exp": False, "tuned": False}
+
+    def loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        # chunks of 4096 rows by default; with 4096 features its scaled form cannot tell rows from columns
+        chunk = {"chunk_size": 2048} if scaled_exp and x.shape[1] == 4096 else {}
+        return chunked_linear_cross_entropy(x, w, target, **options, **chunk)
+
+    return loss
 
 
 def _raising(error: Exception) -> Loss:

@@ -107,6 +107,8 @@ def cells(record: dict[str, Any]) -> list[list[str]]:
 def remarks(record: dict[str, Any]) -> list[str]:
     """What failed in a problem, and what was left out."""
     failed = [f"{row['method']}: failed: {row['failed']}" for row in record["rows"] if row["failed"]]
+    unchecked = [(row["method"], row["check_failed"]) for row in record["rows"] if row.get("check_failed")]
+    failed += [f"{method}: errors not measured: {why}" for method, why in unchecked]
     return failed + [f"{name}: skipped: {why}" for name, why in record["absent"].items()]
 
 

@@ -19,12 +19,14 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -56,7 +58,7 @@ class Stage(NamedTuple):
 SHAPES = {"llama": (8192, 4096, 128256), "gemma": (8192, 2304, 256000), "few-rows": (1024, 4096, 128256),
           "half": (4096, 4096, 128256),
           "qwen": (16384, 2048, 151936), "fewest-rows": (512, 4096, 128256)}  # fmt: skip
-MET = ("llama", "few-rows", "gemma")  # of these, where the peers are met
+MET = ("llama", "gemma", "few-rows")  # of these, where the peers are met
 
 
 CORRECT, SPEED, VARIANTS = (f"cosup.bench.gpu.{name}" for name in ("correct", "speed", "variants"))
@@ -68,20 +70,22 @@ def _correct(name: str, limit: int, estimate: int, *arguments: Any, stage: str |
 
 STAGES = (
     Stage("machine", f"{SPEED}.machine", 40, 5),
+    _correct("suite", 150, 40),
     *(Stage(f"ahead.{name}", f"{SPEED}.ahead", 150, 30, (shape, name in MET), alone=False)
       for name, shape in SHAPES.items()),
+    Stage("ahead.info_nce", f"{SPEED}.ahead_of_pools", 90, 20, alone=False),
     _correct("products", 60, 10),
     *(_correct("losses", 150, 40, dtype, room, stage=f"losses.{dtype}.{room}")
       for dtype in ("bfloat16", "float16", "float32") for room in ("whole-rows", "slabs")),
-    _correct("suite", 150, 40),
     *(_correct(name, 90, 15)
-      for name in ("patched", "graph", "compiled", "wide", "ranks", "quiet", "generation", "devices")),
-    _correct("sanitizer", 120, 20),
+      for name in ("patched", "graph", "compiled", "ranks", "quiet", "generation", "devices")),
+    _correct("full", 90, 15)._replace(alone=True),  # its tiles are most of the card's memory
     Stage("ceilings", f"{SPEED}.ceilings", 60, 10),
-    *(Stage(f"losses.{name}", f"{SPEED}.losses", 90, 20, (shape,)) for name, shape in SHAPES.items()),
-    *(Stage(f"peers.{name}", f"{SPEED}.peer_losses", 180, 60, (SHAPES[name],), packages=PEERS) for name in MET),
-    Stage("info_nce.rows", f"{SPEED}.contrastive", 90, 30, (False,), packages=PEERS),
-    Stage("info_nce.symmetric", f"{SPEED}.contrastive", 90, 30, (True,), packages=PEERS),
+    *(Stage(f"losses.{name}", f"{SPEED}.losses", 200, 50, (SHAPES[name], True), packages=PEERS) for name in MET),
+    Stage("info_nce.rows", f"{SPEED}.contrastive", 180, 40, (False,), packages=PEERS),
+    Stage("info_nce.symmetric", f"{SPEED}.contrastive", 180, 40, (True,), packages=PEERS),
+    *(Stage(f"losses.{name}", f"{SPEED}.losses", 90, 15, (shape, False))
+      for name, shape in SHAPES.items() if name not in MET),
     Stage("kernels", f"{VARIANTS}.kernels", 60, 15),
     Stage("variants", f"{VARIANTS}.variants", 90, 25),
     Stage("ignored", f"{SPEED}.ignored", 60, 20),
@@ -90,7 +94,8 @@ STAGES = (
     Stage("patched-model", f"{SPEED}.patched", 90, 25),
     Stage("attention", f"{SPEED}.attention", 90, 25, packages=ATTENTION),
     Stage("pool", f"{SPEED}.pool", 90, 25),
-    Stage("pool.million", f"{SPEED}.million", 90, 45),
+    Stage("pool.million", f"{SPEED}.million", 90, 25),
+    _correct("sanitizer", 120, 20)._replace(alone=True),
     Stage("bad-target", f"{CORRECT}.bad_target", 30, 5),
 )  # fmt: skip
 TUNING = tuple(Stage(f"tune.{kernel}", f"{VARIANTS}.tune", 90, 30, (kernel,))
@@ -135,11 +140,14 @@ class _Campaign:
         earlier = lines_of(resume) if resume else []
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "gpu.jsonl"
-        same = {line["stage"]: line["of"] for line in earlier if line.get("end") == DONE}
+        failed = {line["stage"] for line in earlier if line.get("failed")}
+        ended = [line for line in earlier if line.get("end") == DONE and line["stage"] not in failed]
+        same = {line["stage"]: line["of"] for line in ended}
         self.done = {stage.name for stage in (*STAGES, *TUNING) if same.get(stage.name) == self.of(stage)}
         kept = [line for line in earlier if line["stage"] in self.done]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.environ.setdefault("TRITON_INTERPRET", str(int(self.gpu is None)))  # before anything imports triton
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # for each of several stages at once
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else who asks for CUDA before a fork breaks it
         self.processes = multiprocessing.get_context("forkserver")  # torch is imported once, CUDA started by each
         self.processes.set_forkserver_preload(["cosup.bench.gpu.preload"])
@@ -184,8 +192,8 @@ class _Campaign:
             if process.exitcode is None and seconds < limit:
                 continue
             over = process.exitcode is None
-            if over:
-                process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)  # and what it has started
             process.join()
             del self.running[process]
             verdict = "out of time" if over else DONE if process.exitcode == 0 else f"failed ({process.exitcode})"
@@ -203,7 +211,8 @@ def perform(stage: Stage, path: Path, seconds: float, small: bool) -> None:
     """A stage, in a process of its own."""
     campaign = multiprocessing.parent_process()
     assert campaign is not None
-    threading.Thread(target=lambda: (campaign.join(), os._exit(1)), daemon=True).start()  # it ends with the campaign
+    os.setpgid(0, 0)
+    threading.Thread(target=_end_with, args=(campaign,), daemon=True).start()
     recorder = Recorder(stage.name, path, time.monotonic() + seconds, small)
 
     def whole() -> dict[str, Any]:
@@ -214,16 +223,22 @@ def perform(stage: Stage, path: Path, seconds: float, small: bool) -> None:
     sys.exit(0 if recorder.figure("stage", whole, show=False) else 1)
 
 
+def _end_with(campaign: BaseProcess) -> None:
+    campaign.join()
+    os.killpg(0, signal.SIGKILL)
+
+
 def gpu() -> tuple[str, str] | None:
     """Name and driver of the first GPU, asked without starting CUDA; None: there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    found = subprocess.run(asked, capture_output=True, text=True)
-    if found.returncode or not found.stdout.strip():
-        return None
-    name, driver = found.stdout.splitlines()[0].split(", ")
-    return name, driver
+    if shutil.which("nvidia-smi") is not None:
+        asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        found = subprocess.run(asked, capture_output=True, text=True)
+        if found.returncode == 0 and found.stdout.strip():
+            name, driver = found.stdout.splitlines()[0].split(", ")
+            return name, driver
+    if Path("/dev/nvidia0").exists():
+        raise RuntimeError("there is a GPU, but nvidia-smi does not name it")
+    return None
 
 
 def identity(card: tuple[str, str] | None) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from cosup.bench import measure
 
 Found = dict[str, Any]
 LONGEST = 230  # characters of a line in the table
+OURS = ("cosup", "patched", "GEMMs")  # words in the names of methods that are ours
+ROUNDED = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}  # error of a number, at most
+MOST_SUMMANDS = 1 << 18  # of the published shapes
 
 
 class Recorder:
@@ -28,7 +31,7 @@ class Recorder:
 
     def __init__(self, stage: str, path: Path, end: float, small: bool) -> None:
         self.stage, self.path, self.small, self.end = stage, path, small, end
-        self.device = "cpu" if small else "cuda"
+        self.device = "cpu" if small else "cuda:0"
         self._lines = path.open("a")
 
     def line(self, name: str, show: bool = True, **fields: Any) -> None:
@@ -38,8 +41,8 @@ class Recorder:
         if show or fields.get("failed") or fields.get("wrong"):
             print("  " + text_of(line), flush=True)
 
-    def figure(self, name: str, find: Callable[[], Found], show: bool = True, **more: Any) -> Found:
-        """A line of what ``find`` gives, or of what it raises."""
+    def figure(self, name: str, find: Callable[[], Found], show: bool = True, ours: bool = True, **more: Any) -> Found:
+        """A line of what ``find`` gives, or of what it raises: ``failed`` if it is ours, else a result."""
         try:
             found = find()
             if found:
@@ -48,25 +51,32 @@ class Recorder:
         except Exception as error:  # of any kind: the next figure is still wanted
             where = traceback.extract_tb(error.__traceback__)[-1]
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            self.line(name, show, **more, failed=f"{said} ({Path(where.filename).name}:{where.lineno})")
+            place = f"{said} ({Path(where.filename).name}:{where.lineno})"
+            self.line(name, show, **more, **{"failed" if ours else "raised": place})
             return {}
         finally:
             gc.collect()
             if not self.small:
-                torch.cuda.empty_cache()
+                with contextlib.suppress(Exception):  # of a context that an assertion took down
+                    torch.cuda.empty_cache()
 
     def record(self, name: str, record: Found) -> None:
         """A problem's record of ``report.summarise``: whole in one line, and a line of each method to be read."""
         self.line(name, False, record=record)
+        plain = next((row for row in record["rows"] if row["method"] == "plain"), {})
         for row in record["rows"]:
-            if row["failed"]:  # a peer's failure is a result
-                verdict = "failed" if "cosup" in row["method"] else "raised"
-                self.line(row["method"], **{verdict: row["failed"]})
+            ours = any(word in row["method"] for word in OURS)
+            if row["failed"]:
+                self.line(row["method"], **{"failed" if ours else "raised": row["failed"]})
                 continue
             found = {"ms": _ms(row.get("seconds") or row["step_seconds"]), "host": _ms(row.get("host_seconds")),
                      "MiB": _mib(row.get("workspace_bytes", row.get("step_bytes"))), "over": row.get("ratio"),
                      "over_plain": row.get("plain_ratio"), "over_dense": row.get("dense_ratio"),
                      "dx": row.get("dx_error"), "dw": row.get("dw_error")}  # fmt: skip
+            if ours and found["dx"] is not None and plain.get("dx_error") is not None:
+                dtype = getattr(torch, record["size"]["dtype"])
+                pairs = [(row[error], plain[error]) for error in ("dx_error", "dw_error")]
+                found["wrong"] = sum(not mine <= allowed(dtype, theirs, MOST_SUMMANDS) for mine, theirs in pairs)
             self.line(row["method"], **{key: value for key, value in found.items() if value is not None})
 
     def size(self, *shape: int) -> tuple[int, ...]:
@@ -89,8 +99,13 @@ class Recorder:
 
     @property
     def until(self) -> float:
-        """Nothing long may begin after this reading of the clock."""
-        return time.monotonic() + 0.75 * (self.end - time.monotonic())
+        """Nothing long should begin after this reading of the clock."""
+        return time.monotonic() + 0.6 * (self.end - time.monotonic())
+
+
+def allowed(dtype: torch.dtype, theirs: float, summands: int) -> float:
+    """A gradient's relative error: twice what plain PyTorch is off, or what writing it and float32 sums may cost."""
+    return max(2 * theirs, ROUNDED[dtype] + ROUNDED[torch.float32] * summands**0.5)
 
 
 def synchronize() -> None:

@@ -74,19 +74,38 @@ def _products(stage: Recorder, n: int, d: int, v: int) -> None:
 
 
 def ahead(stage: Recorder, shape: tuple[int, int, int], met: bool) -> None:
-    """Each method of a shape once, beside others of these stages: what they compile lies in caches from then on."""
-    operands = linear_cross_entropy.random_operands(*stage.size(*shape), torch.bfloat16, stage.device)
-    x, w, target = operands[0].requires_grad_(), operands[1].requires_grad_(), operands[2]
-    few = target.masked_fill(torch.rand(len(target), device=stage.device) < 0.75, -100)
+    """Each method of a shape once, beside others of these stages: what they compile lies in caches from then on.
+
+    Not of torch.compile: it would choose among kernels by times that it takes here, beside others.
+    """
+    x, w, target = linear_cross_entropy.random_operands(*stage.size(*shape), torch.bfloat16, stage.device)
+    whole = partial(cosup.linear_cross_entropy, workspace_bytes=stage.mib(4096) << 20)  # alone on a card
     named = peers.losses()[0] if met and not stage.small else {}
-    for name, loss in (_ours(stage) | {"cosup": cosup.linear_cross_entropy} | named).items():
-        for labels in (target, few):
-            try:
-                gradients(loss, x, w, labels)
-            except Exception as error:  # of any kind: what is wrong is told where it is measured
-                stage.line(name, False, raised=f"{type(error).__name__}: {str(error)[:200]}")
-                break
-    synchronize()
+    named = {name: loss for name, loss in named.items() if name not in ("plain", "torch.compile")}
+    for name, loss in (_ours(stage) | {"cosup": whole} | named).items():
+        _once(stage, name, loss, x, w, target)
+
+
+def ahead_of_pools(stage: Recorder) -> None:
+    """The same of info_nce, cosup's alone."""
+    n, d = (128, 32) if stage.small else (65536, 1024)
+    query, candidates = info_nce.random_operands(n, n, d, torch.bfloat16, stage.device)
+    for symmetric in (False, True):
+        loss = partial(cosup.info_nce, normalize=False, symmetric=symmetric, workspace_bytes=stage.mib(4096) << 20)
+        _once(stage, f"symmetric {symmetric}", loss, query, candidates, torch.arange(n, device=stage.device))
+
+
+def _once(stage: Recorder, name: str, loss: Loss, x: Tensor, w: Tensor, target: Tensor) -> None:
+    """With all rows and with a few, with gradients and without."""
+
+    def run() -> Found:
+        loss(x, w, target)
+        for rows in (len(x), measure.ERROR_ROWS):
+            leaves = (t.detach().requires_grad_() for t in (x[:rows], w))
+            gradients(loss, *leaves, target[:rows])
+        return {"once": True}
+
+    stage.figure(name, run, False, ours=False)  # what is wrong is told where it is measured
 
 
 def _ours(stage: Recorder) -> dict[str, Loss]:
@@ -99,27 +118,24 @@ def _ours(stage: Recorder) -> dict[str, Loss]:
     return {"cosup in 256 MiB": within(256), "cosup in 1024 MiB": within(1024), "cosup, none": each}
 
 
-def losses(stage: Recorder, shape: tuple[int, int, int]) -> None:
-    """A published shape by budget, beside plain PyTorch and the bare products."""
-    _compare_heads(stage, shape, _ours(stage) | {"plain": peers.plain})
-
-
-def peer_losses(stage: Recorder, shape: tuple[int, int, int]) -> None:
-    """Everybody who is installed, in one process."""
-    _compare_heads(stage, shape, None)
+def losses(stage: Recorder, shape: tuple[int, int, int], met: bool) -> None:
+    """A published shape by budget, beside plain PyTorch and the bare products; ``met``: beside every peer too."""
+    others, absent = peers.losses() if met else ({"plain": peers.plain}, {})
+    _compare_heads(stage, shape, _ours(stage) | others, absent)
 
 
 def ignored(stage: Recorder) -> None:
     """Three labels of four ignored, beside none."""
-    _compare_heads(stage, (8192, 4096, 128256), {"plain": peers.plain}, ignored=0.75)
+    _compare_heads(stage, (8192, 4096, 128256), {"plain": peers.plain}, {}, ignored=0.75)
 
 
-def _compare_heads(stage: Recorder, shape: tuple[int, int, int], others: dict[str, Loss] | None,
+def _compare_heads(stage: Recorder, shape: tuple[int, int, int], others: dict[str, Loss], absent: dict[str, str],
                    ignored: float = 0.0) -> None:  # fmt: skip
     torch.manual_seed(0)
     operands = linear_cross_entropy.random_operands(*stage.size(*shape), torch.bfloat16, stage.device)
     budget = default_workspace(torch.device(stage.device)) >> 20
     found = linear_cross_entropy.compare(*operands, budget, ROUNDS, others=others, ignored=ignored, until=stage.until)
+    found["absent"] = absent
     stage.record("x".join(map(str, shape)), found)
 
 
@@ -132,7 +148,7 @@ def contrastive(stage: Recorder, symmetric: bool) -> None:
     for name in ("sentence-transformers", "the same, cached"):  # of float32 squares
         others.pop(name, None)
     ours = partial(cosup.info_nce, normalize=False, symmetric=symmetric)
-    for mib in (1024, 9216):
+    for mib in (256, 1024, 9216):
         within = partial(ours, workspace_bytes=stage.mib(mib) << 20)
         others[f"cosup in {mib} MiB"] = lambda q, c, t, loss=within: loss(q, c, t, temperature=TEMPERATURE)
     warm = torch.tensor(TEMPERATURE, device=stage.device)
@@ -188,7 +204,8 @@ def pool(stage: Recorder) -> None:
 
 def pair(stage: Recorder) -> None:
     """A training step of Gen and Ctx at SmolLM2-135M's size, with cosup's losses and with plain ones."""
-    _steps(stage, {"cosup": (None, _our_loss), "plain": (None, _plain_loss)})
+    cosups, plains = _steps(stage, {"cosup": (None, _our_loss), "plain": (None, _plain_loss)})
+    stage.line("losses", wrong=int(not abs(cosups / plains - 1) < 0.01))
 
 
 def patched(stage: Recorder) -> None:
@@ -204,7 +221,9 @@ def attention(stage: Recorder) -> None:
     _steps(stage, {name: (name, _our_loss) for name in ["eager", *there]})
 
 
-def _steps(stage: Recorder, methods: dict[str, tuple[str | None, Callable[..., Tensor]]]) -> None:
+def _steps(stage: Recorder, methods: dict[str, tuple[str | None, Callable[..., Tensor]]]) -> list[float]:
+    """The loss of each method's first step; NaN where it raised."""
+    found_losses = []
     size: dict[str, Any] = {"hidden": 64, "layers": 2} if stage.small else SMOLLM2
     rows, words = (4, 6) if stage.small else (32, 96)
     for name, (kind, loss) in methods.items():
@@ -229,7 +248,9 @@ def _steps(stage: Recorder, methods: dict[str, tuple[str | None, Callable[..., T
             tokens = list(batch["input_ids"].shape)
             return timed | {"loss": values[0].item(), "Gen": tokens, "Ctx": list(batch["passage_input_ids"].shape)}
 
-        stage.figure(name, found)
+        line = stage.figure(name, found, ours="flash" not in name)
+        found_losses.append(line.get("loss", float("nan")))
+    return found_losses
 
 
 def _our_loss(model, hidden, query, candidates, labels, target, ids) -> Tensor:

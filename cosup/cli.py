@@ -332,7 +332,7 @@ def _size(name: str, text: str | None) -> int | None:
     """Bytes of 79GiB, 512MiB, 1048576."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text)
+    found = re.fullmatch(r"(\d{1,20}(?:\.\d+)?) ?([A-Za-z]*)", text)
     if found is None or found[2] not in UNITS:
         raise ValueError(f"{name} must be a size as 79GiB, 512MiB or 1048576, got {text!r}")
     return int(float(found[1]) * UNITS[found[2]])

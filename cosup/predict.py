@@ -96,7 +96,8 @@ def plan_for(n: int, d: int, m: int, *, loss: str = "linear_cross_entropy", dtyp
         workspace_bytes: The budget; None: the default one.
         symmetric: As of :func:`cosup.info_nce`.
         reduction: "mean", "sum" or "none".
-        frozen: "input" or "weight" (the queries, the candidates): the one that asks no gradient; None: both ask.
+        frozen: "input" or "weight" (the queries, the candidates): the one that asks no gradient; None: both ask. The
+            plan is the same, as of the losses: its workspace is then an upper bound.
 
     Returns:
         :class:`Prediction`. On a CPU bytes are moved as if its cache held nothing: an upper bound. What the PyTorch
@@ -106,9 +107,12 @@ def plan_for(n: int, d: int, m: int, *, loss: str = "linear_cross_entropy", dtyp
         ValueError: A wrong option; a budget below what the smallest blocks need; no ``free_bytes``, no
             ``workspace_bytes`` and no such device.
     """  # fmt: skip
-    for name, size in {"n": n, "d": d, "m": m}.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+    for name, size, least in (("n", n, 1), ("d", d, 1), ("m", m, 1), ("free_bytes", free_bytes, 0),
+                              ("workspace_bytes", workspace_bytes, 0)):  # fmt: skip
+        if size is None and least == 0:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or size < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {(*LOSSES,)}, got {loss!r}")
     if symmetric and loss != "info_nce":
@@ -116,9 +120,11 @@ def plan_for(n: int, d: int, m: int, *, loss: str = "linear_cross_entropy", dtyp
     if frozen not in FROZEN:
         raise ValueError(f"frozen must be one of {FROZEN}, got {frozen!r}")
     check_reduction(reduction)
+    if str(device).partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu" or "cuda", got {str(device)!r}')
     device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f'device must be "cpu" or "cuda", got {device.type!r}')
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be a torch.dtype, got {dtype!r}")
     if (device.type, dtype.itemsize) not in RATES or not dtype.is_floating_point:
         raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     budget = workspace_bytes if workspace_bytes is not None else _default_budget(device, free_bytes)

@@ -406,21 +406,22 @@ def _free_in_cgroups(root: Path) -> Iterator[int]:
     Source: docs.kernel.org/admin-guide/cgroup-v2.html, and cgroup-v1/memory.html.
     """
     for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in CGROUPS:
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        kind = "memory" if "memory" in controllers.split(",") else controllers
+        if kind not in CGROUPS or not path:
             continue
-        folder, limit, usage, cache = CGROUPS[controllers]
+        folder, limit, usage, cache = CGROUPS[kind]
         group = root / folder / path.lstrip("/")
         for place in (group, *group.parents):  # a container may see its own group as the root, or not see it
             most, used, stat = (_text(place / name).strip() for name in (limit, usage, "memory.stat"))
-            if most.isdigit():  # else "max", or no such file
+            if most.isdigit() and used.isdigit():  # else "max", or no such file
                 reclaimable = re.findall(rf"^{cache} (\d+)$", stat, re.MULTILINE)
                 yield int(most) - int(used) + sum(map(int, reclaimable))
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return ""
 
@@ -457,6 +458,8 @@ def runs_triton(device: torch.device) -> bool:
     """Whether Triton is there and its kernels run on this device, or in the interpreter."""
     if device.type != "cuda":
         return HAS_TRITON and INTERPRETED
+    if not torch.cuda.is_available():  # tensors that hold nothing
+        return HAS_TRITON
     return HAS_TRITON and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 

@@ -153,6 +153,8 @@ def test_default_workspace(free, budget, monkeypatch):
 @pytest.mark.parametrize("line, folder, limit, usage, cache", [
     ("4:memory:/pod/run", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
      "total_inactive_file"),
+    ("4:hugetlb,memory:/pod/run", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+     "total_inactive_file"),
     ("0::/pod/run", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
 ])  # fmt: skip
 @pytest.mark.parametrize("groups, free", [
@@ -169,7 +171,8 @@ def test_free_memory_is_within_the_limits_of_control_groups(line, folder, limit,
     """In KiB: limit, usage and reclaimable cache of each group."""
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal:  4000 kB\nMemFree:  10 kB\nMemAvailable:    1000 kB\n")
-    (tmp_path / "proc/self/cgroup").write_text(f"9:name=systemd:/\n3:cpu,cpuacct:/pod/run\n{line}\n")
+    strange = b"9:name=systemd:/\n\nx\n3:cpu,cpuacct:/pod/run\n7:pids:/\xff\n"
+    (tmp_path / "proc/self/cgroup").write_bytes(strange + line.encode() + b"\n")
     for name, (most, taken, reclaimable) in groups.items():
         group = tmp_path / folder / name
         group.mkdir(parents=True, exist_ok=True)
@@ -177,6 +180,14 @@ def test_free_memory_is_within_the_limits_of_control_groups(line, folder, limit,
         (group / usage).write_text(f"{taken << 10}\n")
         (group / "memory.stat").write_text(f"cache 7\n{cache} {reclaimable << 10}\nactive_file 9\n")
     assert walk._free_bytes(torch.device("cpu"), tmp_path) == free << 10
+
+
+def test_a_limit_without_its_usage_is_none(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("1000\n")
+    assert walk._free_bytes(torch.device("cpu"), tmp_path) // walk.FREE_SHARE == walk.MOST_WORKSPACE["cpu"]
 
 
 def test_free_memory_where_nothing_says_it(tmp_path):

@@ -288,6 +288,10 @@ def test_a_plan_of_a_CPU_is_the_one_that_is_taken(monkeypatch):
     ({"frozen": "head"}, "frozen must be one of"),
     ({"reduction": "max"}, "reduction must be"),
     ({"device": "mps"}, 'device must be "cpu" or "cuda"'),
+    ({"device": "gpu"}, 'device must be "cpu" or "cuda", got \'gpu\''),
+    ({"dtype": "bfloat16"}, "dtype must be a torch.dtype, got 'bfloat16'"),
+    ({"free_bytes": float("nan")}, "free_bytes must be an integer of at least 0, got nan"),
+    ({"workspace_bytes": 1e9}, "workspace_bytes must be an integer of at least 0, got 1000000000.0"),
     ({"dtype": torch.int64}, "dtype must be"),
     ({"workspace_bytes": 1000}, "workspace_bytes must be at least"),
 ])  # fmt: skip

@@ -226,8 +226,9 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
             config: of a saved folder it overrides what was saved, but for shared_weights. A learned temperature stays
                 where config's is that of the saved config.
             dtype: of the weights; float32 to train (mixed precision is the trainer's).
-            attn_implementation: "auto" for flash-attn, 16-bit weights, the newest that runs here, else transformers'
-                own choice (None); or a name, as in transformers.
+            attn_implementation: "auto" for flash-attn, where the weights are 16-bit and the machine has a GPU, the
+                newest that runs there, else transformers' own choice (None); or a name, as in transformers. flash-attn
+                does not run on a CPU: for a 16-bit pair that is to stay there beside a GPU give None or "sdpa".
             num_layers: keep the first layers of both.
 
         Raises ValueError, naming the argument and the folder or hub id, where one cannot be loaded.

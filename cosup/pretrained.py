@@ -6,6 +6,8 @@ The head is computed by the losses, never here; so a model whose head is of anot
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,23 +82,33 @@ def load(
 def flash_attention(model: Any, config: PretrainedConfig, dtype: torch.dtype) -> str | None:
     """What "auto" chooses for a class of models: flash-attn 4, else 2, else None: as transformers chooses, mostly SDPA.
 
-    Both are for 16-bit weights on a GPU, 2 from compute capability 8.0. 4 is for 9.0 and later (Hopper, Blackwell), for
-    widths of a head that it has on all of these, and for attention without dropout: it has none, and transformers would
-    leave it out.
+    Both are for 16-bit weights on a GPU, for models that take them by name. 2 is for compute capability 8.0 and later
+    and heads up to 256 wide. 4 is for 9.0 and later (Hopper, Blackwell), for widths of a head that it has on all of
+    these, and for attention without dropout: it has none, and transformers would leave it out. A config that does not
+    say one width of all its heads gives None.
 
-    Source: flash_attn/cute/interface.py of flash-attn-4 4.0.0b30.
+    Sources: flash_attn/cute/interface.py of flash-attn-4 4.0.0b30; csrc/flash_attn/flash_api.cpp of flash-attn 2.
     """
     on_gpu = dtype in (torch.float16, torch.bfloat16) and torch.cuda.is_available()
     if not on_gpu or not getattr(model, "_supports_flash_attn", False):
         return None
     generation, _ = torch.cuda.get_device_capability()
-    text = config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    drops_out = any("att" in name and "drop" in name and rate for name, rate in vars(text).items())
     is_flash_attn_4_available = getattr(utils, "is_flash_attn_4_available", lambda: False)  # no such in older ones
-    if generation >= 9 and width % 8 == 0 and width <= 128 and not drops_out and is_flash_attn_4_available():
-        return "flash_attention_4"
-    return "flash_attention_2" if generation >= 8 and utils.is_flash_attn_2_available() else None
+    four, two = generation >= 9 and is_flash_attn_4_available(), generation >= 8 and utils.is_flash_attn_2_available()
+    if not (four or two):
+        return None
+    try:
+        text = config.get_text_config()
+        width = _head_width(text)
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # not of text, or a width for each layer (Gemma 4)
+        return None
+    drops_out = any("att" in name and "drop" in name and rate for name, rate in vars(text).items())
+    runs = {
+        "flash_attention_4": four and width % 8 == 0 and width <= 128 and not drops_out,
+        "flash_attention_2": two and width <= 256,
+    }
+    takes = getattr(model, "_compatible_flash_implementations", None)  # None: all
+    return next((name for name in runs if runs[name] and (takes is None or name in takes)), None)
 
 
 @torch.no_grad()
@@ -171,21 +183,24 @@ def logit_softcap(model: PreTrainedModel) -> float | None:
 def check_head(gen: PreTrainedModel) -> None:
     """Refuse a model whose head is not of the form above: its loss would silently be another one. Two tokens are run.
 
+    With eager attention in place of flash-attention; a model that is built for one attention alone is then not tried.
+
     Raises ValueError.
     """
     head, decoder = gen.get_output_embeddings(), gen.get_decoder()
     if head is None or decoder is gen:
         raise ValueError(f"gen: wanted a causal language model with a head, got {type(gen).__name__}")
-    if _runs_flash(gen):
-        return  # on a GPU in 16 bits, where this may not be yet
+    if _runs_flash(gen) and not gen._can_set_attn_implementation():
+        return  # Falcon, GPT-J, GPT-Neo
     training = gen.training
     gen.eval()
     ids = torch.tensor([[1, 2]], device=gen.device)
-    logits = logit_scale(gen) * head(final_hidden_state(decoder, ids, torch.ones_like(ids))).float()
+    with _no_flash(gen):
+        logits = logit_scale(gen) * head(final_hidden_state(decoder, ids, torch.ones_like(ids))).float()
+        wanted = gen(input_ids=ids, use_cache=False).logits.float()
     softcap = logit_softcap(gen)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    wanted = gen(input_ids=ids, use_cache=False).logits.float()
     gen.train(training)
     if not torch.allclose(logits, wanted, rtol=0, atol=0.02 * wanted.abs().max().item()):  # 16-bit rounding passes
         raise ValueError(f"gen: wanted logits that are a head over the final hidden state, got {type(gen).__name__}")
@@ -247,6 +262,26 @@ def check_packing(gen: PreTrainedModel) -> None:
 
 def _runs_flash(model: PreTrainedModel) -> bool:
     return "flash" in str(getattr(model.config, "_attn_implementation", ""))
+
+
+@contextmanager
+def _no_flash(model: PreTrainedModel) -> Iterator[None]:
+    """Eager attention in place of flash-attention, which is for 16 bits on a GPU: one just loaded lies on a CPU."""
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel) and _runs_flash(m)]
+    chosen = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, name in zip(configs, chosen, strict=True):
+            config._attn_implementation = name
+
+
+def _head_width(config: Any) -> int:
+    """Of the widest of queries, keys and values. Those of multi-head latent attention are wider than head_dim."""
+    widths = [getattr(config, name, None) or 0 for name in ("head_dim", "qk_head_dim", "v_head_dim")]
+    return max(widths) or config.hidden_size // config.num_attention_heads
 
 
 def _keep_layers(config: Any, num_layers: int) -> None:

@@ -79,7 +79,7 @@ class CoSupConfig(TrainingArguments):
     num_layers: int | None = field(default=None, metadata={"help": "Keep the first layers only, of both models."})
     attn_implementation: str | None = field(
         default="auto",
-        metadata={"help": "auto: flash-attn for 16-bit weights where it runs, else SDPA. Or transformers' name."},
+        metadata={"help": "auto: SDPA, for weights are float32 even with --bf16. Or transformers' name."},
     )
     preset: Literal["default", "paper"] | None = field(
         default=None, metadata={"help": "Gives the choices that are not given below; None: as a saved pair has them."}

@@ -523,7 +523,7 @@ def test_a_run_goes_on_bit_for_bit_with_other_memory_free(free, elsewhere, tmp_p
             held_out.append(trainer.evaluate(trainer.train_dataset))
     whole, new, resumed = runs
     for name in ("ntp_loss", "nsp_loss"):
-        first, other = ([step.get(name) for step in losses(run)] for run in (whole, new))
+        first, other = ([step.get(name) for step in losses(run).values()] for run in (whole, new))
         assert first != other
     assert losses(resumed) == losses(whole) and held_out[2] == held_out[0]
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):

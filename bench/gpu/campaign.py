@@ -192,8 +192,10 @@ class _Campaign:
             if process.exitcode is None and seconds < limit:
                 continue
             over = process.exitcode is None
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid or 0, signal.SIGKILL)  # and what it has started
+            assert process.pid is not None
+            with suppress(ProcessLookupError):  # it has none yet, or it and what it has started are gone
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
             del self.running[process]
             verdict = "out of time" if over else DONE if process.exitcode == 0 else f"failed ({process.exitcode})"

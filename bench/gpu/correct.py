@@ -108,7 +108,7 @@ def _compared(stage: Recorder, ours: Callable[..., Tensor], plain: Loss, dtype: 
     theirs = [off(a, b) for a, b in zip(run(plain, x, w), true, strict=True)]
     mine = [off(a, b) for a, b in zip(found, true, strict=True)]
     wrong = sum(not a <= allowed(dtype, b, m) for a, b in zip(mine[1:], theirs[1:], strict=True))
-    wrong += not mine[0] <= max(2 * theirs[0], LOSS_ERROR if labels else ROUNDED[dtype])
+    wrong += not mine[0] <= (max(2 * theirs[0], LOSS_ERROR) if labels else allowed(dtype, theirs[0], m))
     names = sorted({f"{p.strategy.name} {p.block_rows}x{p.block_cols}" for p in plans})
     return {"plans": names, "loss, dx, dw": mine, "plain": theirs, "wrong": int(wrong)}
 

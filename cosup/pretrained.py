@@ -93,8 +93,8 @@ def flash_attention(model: Any, config: PretrainedConfig, dtype: torch.dtype) ->
     if not on_gpu or not getattr(model, "_supports_flash_attn", False):
         return None
     generation, _ = torch.cuda.get_device_capability()
-    is_flash_attn_4_available = getattr(utils, "is_flash_attn_4_available", lambda: False)  # no such in older ones
-    four, two = generation >= 9 and is_flash_attn_4_available(), generation >= 8 and utils.is_flash_attn_2_available()
+    four = generation >= 9 and utils.is_flash_attn_4_available()
+    two = generation >= 8 and utils.is_flash_attn_2_available()
     if not (four or two):
         return None
     try:

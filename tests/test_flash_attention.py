@@ -134,12 +134,6 @@ def test_without_a_package_no_config_is_read(machine, monkeypatch):
         assert flash_attention(LlamaForCausalLM, config, torch.bfloat16) is None
 
 
-def test_a_transformers_that_does_not_know_it(machine, monkeypatch):
-    machine((9, 0), *BOTH)
-    monkeypatch.delattr(utils, "is_flash_attn_4_available")
-    assert chosen() == "flash_attention_2"
-
-
 def test_a_model_without_flash_attention_takes_none(machine, monkeypatch):
     machine((9, 0), *BOTH)
     monkeypatch.setattr(LlamaForCausalLM, "_supports_flash_attn", False)

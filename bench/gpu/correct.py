@@ -43,7 +43,7 @@ def products(stage: Recorder) -> None:
 
 def _products(stage: Recorder, rows: int, dtype: torch.dtype) -> Found:
     x, w, _ = _operands(stage, rows, 128, 1000, dtype)
-    wide = torch.float32 if stage.device == "cuda" else dtype
+    wide = torch.float32 if x.is_cuda else dtype
     room = torch.full((rows, 1008), float("nan"), dtype=wide, device=stage.device)
     gemm.dots(x, w, room[:, :1000])
     found = {"dots": off(room[:, :1000], x.double() @ w.double().mT)}

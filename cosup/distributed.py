@@ -23,25 +23,27 @@ class Shard(NamedTuple):
     group: dist.ProcessGroup
     start: int  # first column here
     columns: int  # of all ranks
-    widest: int  # most columns of a rank and
-    workspace_bytes: int  # its least budget: what all plan for, so that all take the same blocks
+    widest: int  # most columns of a rank,
+    workspace_bytes: int  # its least budget and
+    any_budget: bool  # whether none was given: what all plan for, so that all take the same blocks
 
     def holds(self, target: Tensor, m: int) -> Tensor:
         """Where the target is one of the m columns here."""
         return (target >= self.start) & (target < self.start + m)
 
 
-def shard(group_name: str, m: int, device: torch.device, workspace_bytes: int = 0) -> Shard:
-    """Tell the others how many columns are here, and the budget. Collective; waits for the answer.
+def shard(group_name: str, m: int, device: torch.device, workspace_bytes: int = 0, any_budget: bool = False) -> Shard:
+    """Tell the others how many columns are here, the budget, and whether it may be exceeded. Collective; waits for the
+    answer.
 
     Raises:
         ValueError: On every rank, if one has no columns.
     """
     group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
-    counts, budgets = sizes_of_ranks(group, device, m, workspace_bytes)
+    counts, budgets, free = sizes_of_ranks(group, device, m, workspace_bytes, any_budget)
     if not all(counts):
         raise ValueError(f"linear_weight must have rows on every rank of process_group, got {counts}")
-    return Shard(group, sum(counts[: group.rank()]), sum(counts), max(counts), min(budgets))
+    return Shard(group, sum(counts[: group.rank()]), sum(counts), max(counts), min(budgets), all(free))
 
 
 def merge(state: RowState, mine: Tensor, s: Shard, rank: bool) -> None:

@@ -24,6 +24,7 @@ from cosup.kernels.reference import ColumnState, RowState, RowValues
 from cosup.plan import Plan, Strategy, enough, plan, strip_cols, used
 from cosup.positives import Positives
 from cosup.walk import (
+    EVERY,
     NARROW,
     TRITON,
     Columns,
@@ -48,8 +49,11 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
              peers: Peers | None = None) -> Problem:  # fmt: skip
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync) and
     where a row must stay in its place; ``cosup.counting`` does better on some devices."""
+    any_budget, part = workspace_bytes is None, None
     budget = default_workspace(x.device) if workspace_bytes is None else workspace_bytes
-    part = None if group is None else shard(group, len(w), x.device, budget)
+    if group is not None:
+        part = shard(group, len(w), x.device, budget, any_budget)
+        budget, any_budget = part.workspace_bytes, part.any_budget
     # else each GEMM would copy its part
     x, w, x2, w2 = (t if t is None or 1 in t.stride() else t.contiguous() for t in (x, w, x2, w2))
     vectors = (target, bias, row_id, col_id, soft)
@@ -62,9 +66,8 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
     if peers is not None:
         col0, m = sum(peers.counts[: peers.rank]), sum(peers.counts)
     p = Problem(x, w, target, scale, bias, row_id, col_id, softcap, soft, x2, w2, margin, symmetric=symmetric,
-                positives=positives, col0=col0, columns=m, shard=part,
-                workspace_bytes=budget if part is None else part.workspace_bytes,
-                any_budget=workspace_bytes is None and part is None)  # fmt: skip
+                positives=positives, col0=col0, columns=m, shard=part, workspace_bytes=budget,
+                any_budget=any_budget)  # fmt: skip
     on_cpu = x.device.type == "cpu"
     if not on_cpu and ignore_index is not None and backend in TRITON:
         from cosup.kernels.rows import look_up  # Triton: absent on some platforms
@@ -89,10 +92,12 @@ def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start
     return p if skip is None else p._replace(target=target.masked_fill(skip, -1), skip=skip)
 
 
-def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known: bool, counts: bool = False,
+def _plan(p: Problem, backend: str, invariant: bool, need: Need, weights_known: bool, counts: bool = False,
           rank: bool = False) -> Plan:  # fmt: skip
     picked = p.rows is not None or p.skip is not None
-    c = cost(p.x, backend, gathered=picked, counted=counts, symmetric=p.symmetric, sigmoid=p.sigmoid,
+    grads = any(need)
+    need = EVERY if p.shard is not None else need  # alike on all ranks, whatever the table of each asks
+    c = cost(p.x, backend, gathered=picked, counted=counts, symmetric=p.symmetric, sigmoid=p.sigmoid, need=need,
              more_features=0 if p.x2 is None else p.x2.shape[1])  # fmt: skip
     if invariant or (rank and backend == NARROW):
         c = c._replace(moves=None)  # a half of the rows, a quarter, ...; whole rows, or a rank needs float32 tiles
@@ -102,10 +107,10 @@ def _plan(p: Problem, backend: str, invariant: bool, grads: bool, weights_known:
     return plan(n, m, c, grads=grads, weights_known=weights_known, workspace_bytes=budget)
 
 
-def blocks_of(p: Problem, backend: str, *, grads: bool, weights_known: bool, invariant: bool = False,
+def blocks_of(p: Problem, backend: str, *, need: Need, weights_known: bool, invariant: bool = False,
               rank: bool = False) -> tuple[Plan, bool]:  # fmt: skip
     """The blocks of a problem; and whether its rows to skip are counted: where that is possible and pays."""
-    planned = functools.partial(_plan, p, backend, invariant, grads, weights_known, rank=rank)
+    planned = functools.partial(_plan, p, backend, invariant, need, weights_known, rank=rank)
     # what bias, adapters, ranks, columns and positives sum over the rows is not counted
     others = p.bias is not None or p.x2 is not None or p.shard is not None or p.positives is not None or p.symmetric
     if not (invariant or others or p.skip is None) and countable(p.x, p.w, backend):
@@ -115,7 +120,7 @@ def blocks_of(p: Problem, backend: str, *, grads: bool, weights_known: bool, inv
     return planned(), False
 
 
-def _planned(p: Problem, backend: str, **options: bool) -> tuple[Problem, Plan]:
+def _planned(p: Problem, backend: str, **options: Any) -> tuple[Problem, Plan]:
     """The problem, with rows to skip counted where ``blocks_of`` says so; and its blocks."""
     blocks, counts = blocks_of(p, backend, **options)
     return (counted(p) if counts else p), blocks
@@ -207,11 +212,11 @@ def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor 
     peers = None if ring is None else Peers(ring, len(w), w.device)
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
                  margin, pool, symmetric, workspace_bytes, backend, group, invariant, peers=peers)  # fmt: skip
-    grads = any(need[:GRADS])  # in the blocks of the backward pass: products of other shapes may round otherwise
-    p, blocks = _planned(p, backend, invariant=invariant, grads=grads, weights_known=False)
+    of = Need(*need[:GRADS])  # in the blocks of the backward pass: products of other shapes may round otherwise
+    p, blocks = _planned(p, backend, invariant=invariant, need=of, weights_known=False)
     p = _ready(p, blocks, gap, rank)
     if peers is not None:
-        planned = functools.partial(_plan, backend=backend, invariant=False, grads=grads, weights_known=False)
+        planned = functools.partial(_plan, backend=backend, invariant=False, need=of, weights_known=False)
         state, columns = ring_walk.statistics(p, peers, planned, backend, rank)
         return _statistics(p, state, columns, rank, backend)  # type: ignore[return-value]
     columns = _columns(p, row_group)
@@ -249,7 +254,8 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
     peers = None if ring is None else Peers(ring, len(w), w.device)
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
                  margin, pool, symmetric, workspace_bytes, backend, group, invariant, pair_logit, peers)  # fmt: skip
-    p, blocks = _planned(p, backend, invariant=invariant, grads=True, weights_known=False)
+    of = Need(*need[:GRADS])
+    p, blocks = _planned(p, backend, invariant=invariant, need=of, weights_known=False)
     p = _ready(p, blocks, gap, rank=False)
     soft_weight = None if grad_soft is None else -grad_soft
     weights = _picked(p, RowWeights(grad_nll, grad_lse, soft_weight, None, grad_entropy))
@@ -259,11 +265,11 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
     known = RowState(top, total, dot, top, top, target)  # a gradient reads the first three
     grad_column = torch.zeros_like(grad_nll) if grad_column is None else grad_column
     columns = _columns(p, row_group, grad_column, col_top, col_total)
-    asked: Any = {"weights": weights, "known": known, "columns": columns, "need": Need(*need[:GRADS])}
+    asked: Any = {"weights": weights, "known": known, "columns": columns, "need": of}
     if peers is None:
         _, *grads = walk(p, blocks, backend, **asked)
     else:
-        planned = functools.partial(_plan, backend=backend, invariant=False, grads=True, weights_known=False)
+        planned = functools.partial(_plan, backend=backend, invariant=False, need=of, weights_known=False)
         grads = [*ring_walk.gradients(p, peers, planned, backend, **asked), None, None]
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
@@ -355,7 +361,8 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
                  margin, pool, v is not None, workspace_bytes, backend, group, invariant)  # fmt: skip
     # columns' statistics must be merged between two sweeps where ranks hold the rows
-    planned = functools.partial(_planned, invariant=invariant, grads=True, weights_known=row_group is None, rank=rank)
+    of = Need(*need[:GRADS])
+    planned = functools.partial(_planned, invariant=invariant, need=of, weights_known=row_group is None, rank=rank)
     all_rows, (p, blocks) = p, planned(p, backend)
     if backend == NARROW and rank and blocks.block_cols < len(w):  # a rank compares the logits of several tiles
         backend = "triton"
@@ -367,7 +374,7 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
         if columns is not None and row_group is not None:
             merge_columns(columns.state, row_group)
     state, *grads = walk(p, blocks, backend, weights=_picked(p, weights), known=known, columns=columns, rank=rank,
-                         need=Need(*need[:GRADS]))  # fmt: skip
+                         need=of)  # fmt: skip
     statistics = _statistics(p, state, columns, rank, backend)
     found = (x.new_empty(0) if g is None else g for g in grads)
     nll, lse, _, soft_logit, col_nll, *_ = statistics
@@ -481,7 +488,7 @@ def _triangle(x: Tensor, scale: Tensor, ids: Tensor | None, workspace_bytes: int
     """The problem, and its blocks: several of rows, or there were nothing to leave out."""
     target = torch.full(x.shape[:1], -1, device=x.device)
     x = x if 1 in x.stride() else x.contiguous()
-    c = cost(x, backend, gathered=False, symmetric=True)
+    c = cost(x, backend, gathered=False, symmetric=True)._replace(moves=None)  # of all tiles, which are not visited
     budget = workspace_bytes
     if budget is None:
         budget = enough(len(x), len(x), c, grads, default_workspace(x.device))
@@ -562,10 +569,11 @@ def sigmoid_loss(x: Tensor, w: Tensor, target: Tensor, weight: Tensor | None, sc
     options: Any = (*5 * [None], 0.0, None, 0.0, "", False, workspace_bytes, backend, None, False)
     p = _problem(x, w, target, scale, bias.expand(len(w)), row_id, col_id, *options)._replace(sigmoid=True)
     weights = None if weight is None else RowWeights(weight)
-    if weights is None and any(need[:2]):  # a budget that will not do for the backward pass is refused now
-        _plan(p, backend, False, grads=True, weights_known=False)
-    blocks = _plan(p, backend, False, grads=weights is not None, weights_known=True)
-    known, asked = None if sums else RowState.empty(len(x), scale), Need() if weights is None else Need(*need[:2])
+    known, asked = None if sums else RowState.empty(len(x), scale), Need(*need[:2])
+    blocks = _plan(p, backend, False, asked, weights_known=True)  # a budget too small for the backward is refused now
+    if weights is None:
+        asked = Need()
+        blocks = _plan(p, backend, False, asked, weights_known=True)
     state, dx, dw, *_ = walk(p, blocks, backend, known=known, weights=weights, need=asked)
     dx, dw = (x.new_empty(0) if g is None else g for g in (dx, dw))
     total, dot, soft = (field.clone() for field in (state.sum, state.dot, state.soft))  # apart

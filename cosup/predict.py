@@ -12,11 +12,11 @@ from cosup.checks import check_reduction
 from cosup.plan import Plan, Strategy
 from cosup.softmax import weights_known
 from cosup.steps import RATES, product_seconds, seconds, steps
-from cosup.walk import Problem, default_workspace, moves, narrowed, resolve, share_of
+from cosup.walk import Need, Problem, default_workspace, moves, narrowed, resolve, share_of
 
 LOSSES = {"linear_cross_entropy": 1.0, "info_nce": 20.0}  # the scale of the logits, where none is given
 MIB = 1 << 20
-FROZEN = (None, "input", "weight")
+NEED = {None: Need(x=True, w=True), "input": Need(w=True), "weight": Need(x=True)}  # by what is frozen
 
 
 class _Rows(NamedTuple):
@@ -96,8 +96,7 @@ def plan_for(n: int, d: int, m: int, *, loss: str = "linear_cross_entropy", dtyp
         workspace_bytes: The budget; None: the default one.
         symmetric: As of :func:`cosup.info_nce`.
         reduction: "mean", "sum" or "none".
-        frozen: "input" or "weight" (the queries, the candidates): the one that asks no gradient; None: both ask. The
-            plan is the same, as of the losses: its workspace is then an upper bound.
+        frozen: "input" or "weight" (the queries, the candidates): the one that asks no gradient; None: both ask.
 
     Returns:
         :class:`Prediction`. On a CPU bytes are moved as if its cache held nothing: an upper bound. What the PyTorch
@@ -117,8 +116,8 @@ def plan_for(n: int, d: int, m: int, *, loss: str = "linear_cross_entropy", dtyp
         raise ValueError(f"loss must be one of {(*LOSSES,)}, got {loss!r}")
     if symmetric and loss != "info_nce":
         raise ValueError(f'symmetric must be of loss "info_nce", got {loss!r}')
-    if frozen not in FROZEN:
-        raise ValueError(f"frozen must be one of {FROZEN}, got {frozen!r}")
+    if frozen not in NEED:
+        raise ValueError(f"frozen must be one of {(*NEED,)}, got {frozen!r}")
     check_reduction(reduction)
     if str(device).partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f'device must be "cpu" or "cuda", got {str(device)!r}')
@@ -131,12 +130,12 @@ def plan_for(n: int, d: int, m: int, *, loss: str = "linear_cross_entropy", dtyp
     x: Any = _Rows(torch.Size([n, d]), dtype, device)
     w = torch.empty(m, d, dtype=dtype, device="meta")
     skips = loss == "linear_cross_entropy" and device.type == "cuda"  # a CPU picks the others: here none is ignored
-    plan, kernels, counted = planned(x, w, n, budget, scale=LOSSES[loss], skips=skips, symmetric=symmetric,
+    need = NEED[frozen]
+    plan, kernels, counted = planned(x, w, n, budget, scale=LOSSES[loss], skips=skips, symmetric=symmetric, need=need,
                                      reduction=reduction, any_budget=workspace_bytes is None)  # fmt: skip
-    moved = moves(x, kernels, gathered=skips, counted=counted, symmetric=symmetric)
-    found = steps(n, m, plan.block_rows, plan.block_cols, moved, of_x=frozen != "input", of_w=frozen != "weight",
-                  sweeps=1 if plan.strategy is Strategy.GRADS_IN_FORWARD else 2,
-                  scaled=weights_known(reduction, dtype))  # fmt: skip
+    moved = moves(x, kernels, gathered=skips, counted=counted, symmetric=symmetric, need=need)
+    sweeps, scaled = 1 if plan.strategy is Strategy.GRADS_IN_FORWARD else 2, weights_known(reduction, dtype)
+    found = steps(n, m, plan.block_rows, plan.block_cols, moved, sweeps=sweeps, scaled=scaled)
     time = seconds(found, moved.rates)
     products = product_seconds(n, m, moved, 3 if frozen is None else 2)
     return Prediction(
@@ -175,9 +174,9 @@ def show(found: Prediction) -> None:
 
 
 def planned(x: Any, w: Tensor, n: int, workspace_bytes: int, *, scale: float | None, skips: bool,
-            symmetric: bool = False, reduction: str = "mean",
-            any_budget: bool = False) -> tuple[Plan, str, bool]:  # fmt: skip
-    """The blocks of a loss and both gradients, its kernels, and whether rows are counted: as the operators decide it.
+            symmetric: bool = False, reduction: str = "mean", any_budget: bool = False,
+            need: Need = NEED[None]) -> tuple[Plan, str, bool]:  # fmt: skip
+    """The blocks of a loss and its gradients, its kernels, and whether rows are counted: as the operators decide it.
 
     Args:
         x, w: Operands, whose contents are not read.
@@ -192,7 +191,7 @@ def planned(x: Any, w: Tensor, n: int, workspace_bytes: int, *, scale: float | N
     target, number = torch.empty(n, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
     p = Problem(x, w, target, number, skip=target if skips else None, symmetric=symmetric, columns=len(w),
                 workspace_bytes=workspace_bytes, any_budget=any_budget)  # fmt: skip
-    plan, counted = ops.blocks_of(p, kernels, grads=True, weights_known=known)
+    plan, counted = ops.blocks_of(p, kernels, need=need, weights_known=known)
     return plan, kernels, counted
 
 

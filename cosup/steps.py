@@ -50,6 +50,8 @@ class Moves(NamedTuple):
     counted: bool  # by the device
     rounded: bool  # the tile is, so that targets' products are made apart
     symmetric: bool
+    of_x: bool  # whether x's gradient is asked,
+    of_w: bool  # and w's
     rates: Rates
 
 
@@ -63,14 +65,12 @@ class Step(NamedTuple):
         return max(self.flops / rates.flops, self.bytes / rates.bytes)
 
 
-def steps(n: int, m: int, rows: int, cols: int, moves: Moves, *, sweeps: int, of_x: bool = True, of_w: bool = True,
-          scaled: bool = True) -> list[Step]:  # fmt: skip
+def steps(n: int, m: int, rows: int, cols: int, moves: Moves, *, sweeps: int, scaled: bool = True) -> list[Step]:
     """Those of a loss and its gradients.
 
     Args:
         rows, cols: Of a tile.
         sweeps: 1 with the gradients in forward, else 2.
-        of_x, of_w: Which gradients are asked.
         scaled: Whether the backward pass multiplies what the forward pass has made: by 1 it moves nothing.
     """
     d, item, tile = moves.features, moves.item, moves.tile
@@ -88,8 +88,8 @@ def steps(n: int, m: int, rows: int, cols: int, moves: Moves, *, sweeps: int, of
         found.append(Step("columns' statistics", 2 * tiles, 0, tile * numbers))
     found.append(Step("coefficients", tiles, 0, (tile + item) * numbers))
     for name, asked, size, parts, few, copies, others in (
-        ("dX", of_x, n * d, slabs, rows * d <= moves.few, blocks, m * d * blocks),
-        ("dW", of_w, m * d, blocks, cols * d <= moves.few, slabs, n * d * slabs),
+        ("dX", moves.of_x, n * d, slabs, rows * d <= moves.few, blocks, m * d * blocks),
+        ("dW", moves.of_w, m * d, blocks, cols * d <= moves.few, slabs, n * d * slabs),
     ):
         if not asked:
             continue
@@ -100,7 +100,7 @@ def steps(n: int, m: int, rows: int, cols: int, moves: Moves, *, sweeps: int, of
         sums = (8 * parts + item) * size if apart else 2 * item * size * (put + parts - 1)
         found.append(Step(f"sums of {name}", copies * (apart or put), 0, sums))
     if scaled:
-        found.append(Step("backward's scale", of_x + of_w, 0, 0))
+        found.append(Step("backward's scale", moves.of_x + moves.of_w, 0, 0))
     return found
 
 

@@ -134,6 +134,9 @@ class Need(NamedTuple):
     w2: bool = False
 
 
+EVERY = Need(True, True, True, True, True)
+
+
 def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = None, known: RowState | None = None,
          columns: Columns | None = None, need: Need | None = None, rank: bool = False,
          state: RowState | None = None, dx_sum: Tensor | None = None):  # fmt: skip
@@ -315,10 +318,10 @@ class _Product:
 
 
 def cost(x: Tensor, backend: str, *, gathered: bool, counted: bool = False, more_features: int = 0,
-         symmetric: bool = False, sigmoid: bool = False) -> Cost:  # fmt: skip
+         symmetric: bool = False, sigmoid: bool = False, need: Need = EVERY) -> Cost:  # fmt: skip
     """Bytes per unit that :func:`walk` holds for operands like x; ``gathered``: rows are picked or masked; ``counted``:
     on the device, so that x's gradient is put back; ``more_features``: of a second product; ``symmetric``: with the
-    columns' statistics; ``sigmoid``: with a bias."""
+    columns' statistics; ``sigmoid``: with a bias; ``need``: the gradients asked."""
     d, item = x.shape[1] + more_features, x.element_size()
     wide = max(item, 4)
     on_cpu = x.device.type == "cpu"
@@ -327,6 +330,7 @@ def cost(x: Tensor, backend: str, *, gathered: bool, counted: bool = False, more
     product = item if gemm.returns_product(x) and not fused else 0
     sums = d * 4 if item < 4 else 0  # 16-bit gradients are summed in float32
     few = FEW.get(x.device.type, 0) if item < 4 else 0
+    of_x, of_w = need.x or need.x2, need.w or need.w2
     return Cost(
         strip=STRIP if on_cpu and not fused else 0,
         features=d,
@@ -336,25 +340,25 @@ def cost(x: Tensor, backend: str, *, gathered: bool, counted: bool = False, more
         tile=item if backend == NARROW else wide * fields,
         dots=product * 3 // 2 if item == 4 and d > gemm.CHAIN else product,  # with the parts that oneDNN packs
         coef=product * {torch.bfloat16: 2, torch.float16: 1}.get(x.dtype, 0),  # apart; oneDNN packs bfloat16 ones
-        packed=product if item == 4 else 0,  # by oneDNN
+        packed=product if item == 4 and of_w else 0,  # by oneDNN
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
         row=6 * wide + 6 * wide + 16,  # RowState; coefficients; packed targets, or their logits, and row numbers
         # ColumnState; weights and their coefficients; parts of the statistic, which a GPU joins
         column=6 * wide + (0 if on_cpu else 3 * wide * COLUMN_PARTS) if symmetric else wide * sigmoid,
         block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
-        put_row=d * item if counted else 0,
-        table_row=sums,
-        query_row=sums,
+        put_row=d * item if counted and of_x else 0,
+        table_row=sums * of_w,
+        query_row=sums * of_x,
         few=few * d // max(1, d - more_features),  # as the first product counts them
         second=4 * more_features if few else 0,
         strips_alone=sigmoid,
         moves=None if on_cpu else moves(x, backend, gathered=gathered, counted=counted, more_features=more_features,
-                                        symmetric=symmetric),
+                                        symmetric=symmetric, need=need),
     )  # fmt: skip
 
 
 def moves(x: Tensor, backend: str, *, gathered: bool, counted: bool, more_features: int = 0,
-          symmetric: bool = False) -> Moves:  # fmt: skip
+          symmetric: bool = False, need: Need = EVERY) -> Moves:  # fmt: skip
     """What :func:`walk` multiplies and moves for operands like x; arguments as of :func:`cost`."""
     item = x.element_size()
     return Moves(
@@ -366,6 +370,8 @@ def moves(x: Tensor, backend: str, *, gathered: bool, counted: bool, more_featur
         counted=counted,
         rounded=backend == NARROW,
         symmetric=symmetric,
+        of_x=need.x or need.x2,
+        of_w=need.w or need.w2,
         rates=RATES["cpu" if x.device.type == "cpu" else "cuda", item],
     )
 

@@ -66,6 +66,22 @@ def vocabulary_parallel_equals_one_process(rank, world):
         torch.testing.assert_close(*results)
 
 
+def a_budget_that_nobody_gave_is_not_refused(rank, world):
+    """However little memory is free on a rank; and one that was given is."""
+    x, w, _, target, _ = problem()
+    part = torch.arange(V).split(SPLITS[world])[rank]
+    want = linear_cross_entropy(x, w, target)
+    walk.set_default_workspace(x.device, 100 << rank)
+    loss = linear_cross_entropy(x, w[part].requires_grad_(), target, process_group=dist.group.WORLD)
+    torch.testing.assert_close(loss, want)
+    try:
+        linear_cross_entropy(x, w[part], target, process_group=dist.group.WORLD, workspace_bytes=100 if rank else None)
+    except ValueError as error:
+        assert "workspace_bytes must be at least" in str(error)
+        return
+    raise AssertionError("a budget that was given was exceeded")
+
+
 def log_prob_over_ranks(rank, world):
     x, w, b, target, _ = problem()
     part = torch.arange(V).split(SPLITS[world])[rank]

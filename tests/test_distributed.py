@@ -12,6 +12,10 @@ def test_vocabulary_parallel_equals_one_process(world):
     ranks.run(ranks.vocabulary_parallel_equals_one_process, world)
 
 
+def test_a_budget_that_nobody_gave_is_not_refused():
+    ranks.run(ranks.a_budget_that_nobody_gave_is_not_refused, 2)
+
+
 def test_log_prob_over_ranks():
     ranks.run(ranks.log_prob_over_ranks, 2)
 

@@ -157,6 +157,7 @@ LOSSES = {"linear_cross_entropy": linear_cross_entropy, "info_nce": functools.pa
     ("linear_cross_entropy", QWEN, 3000, {"dtype": torch.float32}),
     ("linear_cross_entropy", QWEN, 4096, {"frozen": "weight"}),
     ("linear_cross_entropy", QWEN, 1024, {"frozen": "input"}),
+    ("linear_cross_entropy", FLAGSHIP, 256, {"frozen": "weight"}),
     ("linear_cross_entropy", (1000, 36, 5001), 4096, {}),  # features that no descriptor takes
     ("info_nce", (65536, 1024, 65536), 4096, {}),
     ("info_nce", (65536, 1024, 65536), 9216, {"symmetric": True}),
@@ -225,6 +226,13 @@ def test_plans_of_the_published_shapes(shape, plans, absent):
     assert {mib: f"{products[p.strategy]} {p.block_rows}x{p.block_cols}" for mib, p in found.items()} == plans
 
 
+def test_a_frozen_head_takes_blocks_of_whole_rows(absent):
+    """Each would read and write its gradient, of which there is none; nor is it summed in float32."""
+    frozen, trained = (plan_for(*FLAGSHIP, workspace_bytes=256 << 20, frozen=frozen) for frozen in ("weight", None))
+    assert (frozen.strategy, frozen.block_rows) == ("gradients in forward", 768)
+    assert trained.strategy == "statistics, then recompute"
+
+
 def test_where_two_sweeps_are_needed_slabs_of_all_rows_may_be_quicker(absent):
     """Blocks of whole rows would each read and write the float32 sums of the table's gradient: 8 M D bytes."""
     found = plan_for(*GEMMA, workspace_bytes=4 * GIB, reduction="none")
@@ -247,7 +255,7 @@ def test_invariant_blocks_have_the_same_rows(less, absent):
     w = torch.empty(128256, 256, device="meta")
     target = torch.empty(4096, dtype=torch.int64, device="meta")
     p = walk.Problem(x, w, target, torch.ones(()), workspace_bytes=256 * 128256 * 4 + (1 << 20) - less)
-    plan, _ = ops.blocks_of(p, "triton", grads=True, weights_known=True, invariant=True)
+    plan, _ = ops.blocks_of(p, "triton", need=walk.EVERY, weights_known=True, invariant=True)
     assert 256 % plan.block_rows == 0
 
 
@@ -276,7 +284,7 @@ def test_a_plan_of_a_CPU_is_the_one_that_is_taken(monkeypatch):
     x, w = torch.randn(300, 24, requires_grad=True), torch.randn(500, 24)
     for workspace in (None, 100_000):
         linear_cross_entropy(x, w, torch.arange(300), workspace_bytes=workspace)
-        said = plan_for(300, 24, 500, dtype=torch.float32, device="cpu", workspace_bytes=workspace)
+        said = plan_for(300, 24, 500, dtype=torch.float32, device="cpu", workspace_bytes=workspace, frozen="weight")
         assert (said.block_rows, said.block_cols, said.workspace_bytes) == (*taken[-1][1:3], taken[-1].workspace_bytes)
 
 

@@ -289,4 +289,4 @@ def test_a_budget_for_the_forward_pass_alone_is_refused_at_once():
     least = 12_000
     assert sigmoid_loss(query, candidates, target, reduction="none", workspace_bytes=least).isfinite().all()
     with pytest.raises(ValueError, match="workspace_bytes must be at least"):
-        sigmoid_loss(query.requires_grad_(), candidates, target, reduction="none", workspace_bytes=least)
+        sigmoid_loss(query.requires_grad_(), candidates.requires_grad_(), target, reduction="none", workspace_bytes=least)

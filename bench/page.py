@@ -15,7 +15,8 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
 Made of `bench/results/*.json` by `python bench/page.py`, and of nothing else. Every run of a loss has all methods in
-turn, round after round, beside the bare matrix products of the same shapes; the quickest round counts. `ranks` is
+turn, round after round, beside the bare matrix products of the same shapes; the quickest round counts, on a GPU the
+median. `ranks` is
 info_nce over processes of one thread each, beside its [cost model](info_nce.md#what-a-step-costs). What was expected,
 found and given up is in [bench/LOG.md](../bench/LOG.md).
 

@@ -311,6 +311,19 @@ def test_full_beside_a_command_is_refused():
     assert "--full: wanted without a command, got ranks" in str(result.exception)
 
 
+def test_the_rounds_that_count():
+    """Of a CPU the quickest, of a GPU the median; of the bare products the quicker ones."""
+    rounds = {"mm": [2.0, 3.0, 9.0], "gemm": [1.0, 4.0, 5.0], "cosup": [6.0, 1.0, 12.0]}
+    rows = [{"method": name, "peak_bytes": 9, "seconds": s, "host_seconds": [0.1]} for name, s in rounds.items()]
+    found = {}
+    for place in ("cuda", "cpu"):
+        summed = report.summarise([row.copy() for row in rows], size={}, products=("mm", "gemm"), flop=12,
+                                  gradient_bytes=1, stated_bytes=1, absent={})  # fmt: skip
+        found[place] = [(row["ratio"], row["flop_per_second"]) for row in summed["rows"]]
+        rows = [{key: value for key, value in row.items() if key != "host_seconds"} for row in rows]
+    assert found == {"cuda": [(1, 4), (4 / 3, 3), (2, 2)], "cpu": [(2, 6), (1, 12), (1, 12)]}
+
+
 def test_a_report_names_absent_peers_and_leaves_out_empty_columns():
     row = {"method": "cosup", "failed": None, "seconds": [0.5], "workspace_bytes": 2e6}
     run = {"title": "t", "problems": [{"size": {"N": 3}, "rows": [row], "absent": {"elsewhere": "not installed"}}]}

@@ -98,8 +98,11 @@ STAGES = (
     _correct("sanitizer", 120, 20)._replace(alone=True),
     Stage("bad-target", f"{CORRECT}.bad_target", 30, 5),
 )  # fmt: skip
-TUNING = tuple(Stage(f"tune.{kernel}", f"{VARIANTS}.tune", 90, 30, (kernel,))
-               for kernel in ("rows", "gradient", "columns", "product"))  # fmt: skip
+TUNING = (
+    *(Stage(f"tune.{kernel}", f"{VARIANTS}.tune", 90, 30, (kernel,))
+      for kernel in ("rows", "gradient", "columns", "product")),
+    Stage("tune.peers", f"{SPEED}.searching", 300, 60, packages=PEERS),
+)  # fmt: skip
 
 
 def run(arguments: Sequence[str] | None = None) -> bool:
@@ -113,7 +116,7 @@ def run(arguments: Sequence[str] | None = None) -> bool:
                         help="gpu.jsonl of an earlier run: its stages are skipped where device, driver, versions and\n"
                              "the sources of cosup are the same")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("cosup-bench"), help="folder of gpu.jsonl (%(default)s)")
-    parser.add_argument("--tune", action="store_true", help="also search the kernels' sizes: tuned.json")
+    parser.add_argument("--tune", action="store_true", help="also search the kernels' sizes: tuned.json; and a peer's")
     args = parser.parse_args(arguments)
     stages = [*STAGES[:-1], *(TUNING if args.tune else ()), STAGES[-1]]
     unknown = [o for o in args.only if not any(_asked(stage.name, o) for stage in stages)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import statistics
 import time
 import traceback
 from collections.abc import Callable
@@ -90,7 +91,7 @@ class Recorder:
         return max(1, size >> 10) if self.small else size
 
     def timed(self, run: Callable[[], object], repeats: int = 3) -> Found:
-        """The least of a few readings, each of calls back to back; and the peak of memory above what was there."""
+        """The median of a few readings, each of calls back to back; and the peak of memory above what was there."""
         run()
         peak = measure.peak_bytes(run)
         readings = [measure.seconds(run) for _ in range(1 if self.small else repeats)]
@@ -144,7 +145,7 @@ def _short(value: Any) -> Any:
 
 
 def _ms(seconds: list[float] | None) -> float | None:
-    return 1e3 * min(seconds) if seconds else None
+    return 1e3 * statistics.median(seconds) if seconds else None
 
 
 def _mib(size: int | None) -> float | None:

@@ -124,6 +124,11 @@ def losses(stage: Recorder, shape: tuple[int, int, int], met: bool) -> None:
     _compare_heads(stage, shape, _ours(stage) | others, absent)
 
 
+def searching(stage: Recorder) -> None:
+    """The peers that first search for the quickest sizes."""
+    _compare_heads(stage, (8192, 4096, 128256), *peers.losses(peers.SEARCHING))
+
+
 def ignored(stage: Recorder) -> None:
     """Three labels of four ignored, beside none."""
     _compare_heads(stage, (8192, 4096, 128256), {"plain": peers.plain}, {}, ignored=0.75)

@@ -95,9 +95,9 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
         if cols >= min(m, ALIGN):
             found.append((_strategy(grads, weights_known and cost.strips_alone), rows, cols))
     if not found:
+        least = used(n, m, 1, min(m, ALIGN), cost, grads)
         raise ValueError(
-            f"workspace_bytes must be at least {least(n, m, cost, grads)} for {n} rows and {m} columns, "
-            f"got {workspace_bytes}"
+            f"workspace_bytes must be at least {least} for {n} rows and {m} columns, got {workspace_bytes}"
         )
 
     def time(choice: tuple[Strategy, int, int]) -> float:
@@ -136,12 +136,7 @@ def _slab(n: int, m: int, cost: Cost, fits: Callable[[int, int], bool]) -> tuple
 
 def enough(n: int, m: int, cost: Cost, grads: bool, workspace_bytes: int) -> int:
     """The budget, or twice what the smallest blocks need where that is more: for a budget that nobody gave."""
-    return max(workspace_bytes, 2 * least(n, m, cost, grads))
-
-
-def least(n: int, m: int, cost: Cost, grads: bool) -> int:
-    """Bytes of the smallest blocks: one row, and few columns, or all of them: those need no sum of x's gradient."""
-    return min(used(n, m, min(n, 1), cols, cost, grads) for cols in (min(m, ALIGN), m))
+    return max(workspace_bytes, 2 * used(n, m, min(n, 1), min(m, ALIGN), cost, grads))
 
 
 def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:

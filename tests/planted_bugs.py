@@ -474,7 +474,6 @@ BUGS = [
     Bug("scale: a factor of one multiplies", "kernels/scale.py", "if factor == 1.0:", "if factor == 2.0:", "tests/test_scale.py"),
     Bug("plan: room for sums of a frozen head", "cosup/walk.py", "table_row=sums * of_w", "table_row=sums", PREDICT + " -k frozen_head"),
     Bug("plan: time for sums of a frozen head", "cosup/walk.py", "of_w=need.w or need.w2,", "of_w=True,", PREDICT + " -k frozen_head"),
-    Bug("plan: the least has few columns", "cosup/plan.py", "for cols in (min(m, ALIGN), m))", "for cols in (min(m, ALIGN),))", "tests/test_plan.py -k stated_need"),
     Bug("ranks: a default budget is refused", "cosup/distributed.py", "all(free))", "False)", DISTRIBUTED + " -k nobody_gave"),
     Bug("ranks: a budget that was given is exceeded", "cosup/distributed.py", "all(free))", "any(free))", DISTRIBUTED + " -k nobody_gave"),
     Bug("plan: a default budget is refused", "cosup/plan.py", "max(workspace_bytes, 2 * used(", "min(workspace_bytes, 2 * used(", "tests/test_plan.py"),

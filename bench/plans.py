@@ -20,7 +20,7 @@ def by_memory() -> str:
     rows = []
     for shape in SHAPES:
         plans = [_words(plan_for(*shape, free_bytes=gib << 30), shape) for gib in FREE]
-        rows.append([", ".join(map(str, shape)), *plans, f"{_needed(shape):,}"])
+        rows.append([", ".join(map(str, shape)), *plans, f"{needed(shape):,}"])
     return _table(["N, D, V", *(f"{gib} GiB free" for gib in FREE), "3U from, MiB"], rows)
 
 
@@ -39,7 +39,7 @@ def _words(plan: Prediction, shape: tuple[int, int, int]) -> str:
     return f"{PRODUCTS[plan.strategy]} {tile}, {plan.time_over_products:.2f}"
 
 
-def _needed(shape: tuple[int, int, int]) -> int:
+def needed(shape: tuple[int, int, int]) -> int:
     """Least budget for three products."""
     low, high = 0, 1 << 16
     while high - low > 1:

@@ -96,7 +96,7 @@ def _plan(p: Problem, backend: str, invariant: bool, need: Need, weights_known: 
           rank: bool = False) -> Plan:  # fmt: skip
     picked = p.rows is not None or p.skip is not None
     grads = any(need)
-    need = EVERY if p.shard is not None else need  # alike on all ranks, whatever the table of each asks
+    need = EVERY if p.shard is not None else need  # alike on all ranks, of which one's part may be frozen
     c = cost(p.x, backend, gathered=picked, counted=counts, symmetric=p.symmetric, sigmoid=p.sigmoid, need=need,
              more_features=0 if p.x2 is None else p.x2.shape[1])  # fmt: skip
     if invariant or (rank and backend == NARROW):

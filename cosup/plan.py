@@ -45,14 +45,17 @@ class Cost(NamedTuple):
     """Bytes that a walk holds, by what they grow with. ``walk.cost`` fills it in for a device, dtype and backend."""
 
     strip: int  # not bytes: elements multiplied at once; 0: a whole tile
-    features: int  # not bytes: the length D of the vectors
+    features: int  # not bytes: the length D of the vectors,
+    of_x: int  # and how many of x's ask a gradient,
+    of_w: int  # and of w's
     least_rows: int  # not bytes: with fewer to a block, adding to the table's gradient costs more than a second sweep
     row_step: int  # not bytes: rows of a block come in multiples of it, where it holds so many and is not the only one
     merged_cols: int  # not bytes: columns to an element of the tile
     tile: int  # per element of the tile
     dots: int  # per element of a strip before it is copied into the tile
     coef: int  # per element of a strip while its gradients are added: coefficients beside the tile
-    packed: int  # the same while the table's gradient is: coefficients packed for that product
+    chain: int  # not bytes: summands that a product packs and adds up at once,
+    packed: int  # per packed number; 0: none is
     product: int  # per element of their product, before it is added
     row: int  # per row of the whole problem: statistics, coefficients, row numbers
     column: int  # per column of it: their statistics; 0 where those of rows are enough
@@ -78,6 +81,7 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
     Raises:
         ValueError: The budget is below what the smallest blocks need.
     """
+    least = _least(n, m, cost, grads)
     cost = cost._replace(strip=min(cost.strip, max(1, workspace_bytes // STRIP_SHARE)))
 
     def fits(rows: int, cols: int) -> bool:
@@ -86,16 +90,15 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
     found: list[tuple[Strategy, int, int]] = []  # rows and columns of a tile
     most = 0 if cost.strips_alone else _most(n, lambda rows: fits(rows, m))
     timed = grads and cost.moves is not None and 0 < most < n
-    if timed or (most >= min(n, cost.least_rows) and not cost.strips_alone):
+    whole = most >= min(n, cost.least_rows) and not cost.strips_alone
+    rows, cols = _slab(n, m, cost, fits) if timed or not whole else (n, m)
+    if cols >= min(m, ALIGN) and (cols < m or cost.strips_alone):
+        found.append((_strategy(grads, weights_known and cost.strips_alone), rows, cols))
+    if whole or timed or (cols == m and not cost.strips_alone):
         rows = _even(n, most, cost, lambda rows: fits(rows, m))
         known = weights_known and (rows == n or not cost.column)
         found.append((_strategy(grads, known), rows, m))
-    if timed or not found:
-        rows, cols = _slab(n, m, cost, fits)
-        if cols >= min(m, ALIGN):
-            found.append((_strategy(grads, weights_known and cost.strips_alone), rows, cols))
     if not found:
-        least = used(n, m, 1, min(m, ALIGN), cost, grads)
         raise ValueError(
             f"workspace_bytes must be at least {least} for {n} rows and {m} columns, got {workspace_bytes}"
         )
@@ -129,14 +132,22 @@ def _slab(n: int, m: int, cost: Cost, fits: Callable[[int, int], bool]) -> tuple
     rows = min(n, SLAB_HEIGHT * cost.least_rows)
     while cost.strips_alone and rows > cost.least_rows and rows * rows > cost.strip > 0:  # no taller than wide
         rows = -(-rows // 2)
-    while rows > 1 and not fits(rows, min(m, max(rows, ALIGN))):
+    while rows > 1 and not fits(rows, m) and not fits(rows, min(m, max(rows, ALIGN))):
         rows = -(-rows // 2)
     return rows, m if fits(rows, m) else ALIGN * _most(m // ALIGN, lambda parts: fits(rows, ALIGN * parts))
 
 
 def enough(n: int, m: int, cost: Cost, grads: bool, workspace_bytes: int) -> int:
-    """The budget, or twice what the smallest blocks need where that is more: for a budget that nobody gave."""
-    return max(workspace_bytes, 2 * used(n, m, min(n, 1), min(m, ALIGN), cost, grads))
+    """For a budget that nobody gave: it, or twice what the smallest blocks need. Where that were over four times the
+    budget, a share of what is free, that; or what they need and the budget beside it."""
+    least = _least(n, m, cost, grads)
+    return max(workspace_bytes, min(2 * least, max(4 * workspace_bytes, least + workspace_bytes)))
+
+
+def _least(n: int, m: int, cost: Cost, grads: bool) -> int:
+    """Bytes that are enough for one row, and few columns or all: these need no sum of x's gradient beside the row's."""
+    few, every = (used(n, m, 1, cols, cost, grads) for cols in (min(m, ALIGN), m))
+    return min(few, every + cost.query_row * grads)  # the row's, if strips are shorter than they might be
 
 
 def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
@@ -146,22 +157,23 @@ def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
     strip = strip_cols(rows, cols, cost)
     width = strip if cost.strips_alone else cols
     total = rows * (padded(-(-width // cost.merged_cols)) * cost.tile + cost.block_row) + n * cost.row + m * cost.column
-    product = cost.features * cost.product
-    gradients = rows * strip * cost.coef + max(rows * product, strip * (rows * cost.packed + product))
-    total += max(rows * strip * cost.dots, gradients if grads else 0)
+    dots = rows * strip * cost.dots + (rows + strip) * cost.chain * cost.packed * (cost.features > cost.chain)
+    of_x, of_w = (of * cost.product + min(summands, cost.chain) * cost.packed if of else 0
+                  for of, summands in ((cost.of_x, strip), (cost.of_w, rows)))  # fmt: skip
+    total += max(dots, rows * strip * cost.coef + max(rows * of_x, strip * of_w) if grads else 0)
     if grads:
         total += (rows + cols) * cost.second
-        total += cols * cost.table_row if rows < n else _apart(cols, cost)
+        total += cols * cost.table_row if rows < n else _apart(cols * cost.of_w, cost)
     if grads and cols < m:
         total += n * cost.query_row
     elif grads:
-        total += rows * cost.query_row if strip < cols else max(rows * cost.put_row, _apart(rows, cost))
+        total += rows * cost.query_row if strip < cols else max(rows * cost.put_row, _apart(rows * cost.of_x, cost))
     return total
 
 
-def _apart(rows: int, cost: Cost) -> int:
+def _apart(numbers: int, cost: Cost) -> int:
     """Bytes of float32 sums of one product."""
-    return 4 * rows * cost.features * (rows * cost.features <= cost.few)
+    return 4 * numbers * (numbers <= cost.few)
 
 
 def strip_cols(rows: int, cols: int, cost: Cost) -> int:

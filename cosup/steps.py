@@ -50,8 +50,8 @@ class Moves(NamedTuple):
     counted: bool  # by the device
     rounded: bool  # the tile is, so that targets' products are made apart
     symmetric: bool
-    of_x: bool  # whether x's gradient is asked,
-    of_w: bool  # and w's
+    of_x: int  # features of x whose gradient is asked,
+    of_w: int  # and of w: all, or 0, or those of an adapter
     rates: Rates
 
 
@@ -87,20 +87,21 @@ def steps(n: int, m: int, rows: int, cols: int, moves: Moves, *, sweeps: int, sc
     if moves.symmetric:
         found.append(Step("columns' statistics", 2 * tiles, 0, tile * numbers))
     found.append(Step("coefficients", tiles, 0, (tile + item) * numbers))
-    for name, asked, size, parts, few, copies, others in (
-        ("dX", moves.of_x, n * d, slabs, rows * d <= moves.few, blocks, m * d * blocks),
-        ("dW", moves.of_w, m * d, blocks, cols * d <= moves.few, slabs, n * d * slabs),
+    for name, of, vectors, parts, least, copies, others in (
+        ("dX", moves.of_x, n, slabs, rows, blocks, m * blocks),
+        ("dW", moves.of_w, m, blocks, cols, slabs, n * slabs),
     ):
-        if not asked:
+        if not of:
             continue
+        size, few = vectors * of, least * of <= moves.few
         apart = item < 4 and (parts > 1 or few)
         put = moves.counted and name == "dX"
         direct = 0 if apart else item * size  # what the product itself writes
-        found.append(Step(name, tiles, 2 * numbers * d, item * (numbers + others) + direct))
+        found.append(Step(name, tiles, 2 * numbers * of, item * (numbers + others * of) + direct))
         sums = (8 * parts + item) * size if apart else 2 * item * size * (put + parts - 1)
         found.append(Step(f"sums of {name}", copies * (apart or put), 0, sums))
     if scaled:
-        found.append(Step("backward's scale", moves.of_x + moves.of_w, 0, 0))
+        found.append(Step("backward's scale", (moves.of_x > 0) + (moves.of_w > 0), 0, 0))
     return found
 
 

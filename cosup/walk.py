@@ -328,27 +328,30 @@ def cost(x: Tensor, backend: str, *, gathered: bool, counted: bool = False, more
     fused = backend == "fused" and not more_features
     fields = FUSED_FIELDS if fused else REFERENCE_COPIES if backend == "reference" else 1
     product = item if gemm.returns_product(x) and not fused else 0
-    sums = d * 4 if item < 4 else 0  # 16-bit gradients are summed in float32
+    sums = 4 if item < 4 else 0  # 16-bit gradients are summed in float32
     few = FEW.get(x.device.type, 0) if item < 4 else 0
-    of_x, of_w = need.x or need.x2, need.w or need.w2
+    of_x, of_w = _asked(x, more_features, need)
     return Cost(
         strip=STRIP if on_cpu and not fused else 0,
         features=d,
+        of_x=of_x,
+        of_w=of_w,
         least_rows=LEAST_ROWS.get(x.device.type, 1024),
         row_step=ROW_STEP.get(x.device.type, 1),
         merged_cols=FUSED_COLUMNS if fused else 1,
         tile=item if backend == NARROW else wide * fields,
-        dots=product * 3 // 2 if item == 4 and d > gemm.CHAIN else product,  # with the parts that oneDNN packs
+        dots=product,
         coef=product * {torch.bfloat16: 2, torch.float16: 1}.get(x.dtype, 0),  # apart; oneDNN packs bfloat16 ones
-        packed=product if item == 4 and of_w else 0,  # by oneDNN
+        chain=gemm.CHAIN,
+        packed=product if item == 4 else 0,  # by oneDNN
         product=product + (4 if product and item < 4 else 0),  # 16-bit ones are widened to be added
         row=6 * wide + 6 * wide + 16,  # RowState; coefficients; packed targets, or their logits, and row numbers
         # ColumnState; weights and their coefficients; parts of the statistic, which a GPU joins
         column=6 * wide + (0 if on_cpu else 3 * wide * COLUMN_PARTS) if symmetric else wide * sigmoid,
         block_row=d * item + (d * item if item >= 4 else 0) if gathered else 0,
-        put_row=d * item if counted and of_x else 0,
-        table_row=sums * of_w,
-        query_row=sums * of_x,
+        put_row=of_x * item if counted else 0,
+        table_row=of_w * sums,
+        query_row=of_x * sums,
         few=few * d // max(1, d - more_features),  # as the first product counts them
         second=4 * more_features if few else 0,
         strips_alone=sigmoid,
@@ -361,6 +364,7 @@ def moves(x: Tensor, backend: str, *, gathered: bool, counted: bool, more_featur
           symmetric: bool = False, need: Need = EVERY) -> Moves:  # fmt: skip
     """What :func:`walk` multiplies and moves for operands like x; arguments as of :func:`cost`."""
     item = x.element_size()
+    of_x, of_w = _asked(x, more_features, need)
     return Moves(
         features=x.shape[1] + more_features,
         item=item,
@@ -370,10 +374,16 @@ def moves(x: Tensor, backend: str, *, gathered: bool, counted: bool, more_featur
         counted=counted,
         rounded=backend == NARROW,
         symmetric=symmetric,
-        of_x=need.x or need.x2,
-        of_w=need.w or need.w2,
+        of_x=of_x,
+        of_w=of_w,
         rates=RATES["cpu" if x.device.type == "cpu" else "cuda", item],
     )
+
+
+def _asked(x: Tensor, more_features: int, need: Need) -> tuple[int, int]:
+    """Features of x, and of w, whose gradients are asked; with those of a second product."""
+    of_x, of_w = need.x * x.shape[1] + need.x2 * more_features, need.w * x.shape[1] + need.w2 * more_features
+    return of_x, of_w
 
 
 def default_workspace(device: torch.device) -> int:

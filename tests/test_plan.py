@@ -1,5 +1,7 @@
 """The plan keeps its budget, prefers whole rows, and says what it needs when nothing fits."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,12 +10,16 @@ from hypothesis import strategies as st
 from cosup import walk
 from cosup.plan import Cost, Strategy, enough, plan, used
 from cosup.steps import RATES, Moves, seconds, steps
+from cosup.walk import Need
 
-WIDE = Cost(strip=0, features=768, least_rows=64, row_step=1, merged_cols=1, tile=4, dots=0, coef=0, packed=0,
-            product=0, row=60, column=0, block_row=0, put_row=0, table_row=0, query_row=0)  # fmt: skip
+WIDE = Cost(strip=0, features=768, of_x=768, of_w=768, least_rows=64, row_step=1, merged_cols=1, tile=4, dots=0,
+            coef=0, chain=256, packed=0, product=0, row=60, column=0, block_row=0, put_row=0, table_row=0,
+            query_row=0)  # fmt: skip
 moves = st.builds(Moves, features=st.integers(1, 10_000), item=st.sampled_from([2, 4]), tile=st.sampled_from([2, 4]),
+                  of_x=st.integers(0, 10_000), of_w=st.integers(0, 10_000),
                   few=st.sampled_from([0, 1 << 23]), rates=st.sampled_from([*RATES.values()]))  # fmt: skip
 costs = st.builds(Cost, strip=st.sampled_from([0, 1 << 20]), features=st.integers(0, 10_000),
+                  of_x=st.integers(0, 10_000), of_w=st.integers(0, 10_000), chain=st.just(256),
                   least_rows=st.integers(1, 2000), row_step=st.sampled_from([1, 256]),
                   merged_cols=st.sampled_from([1, 128]), tile=st.sampled_from([4, 8]),
                   dots=st.sampled_from([0, 2, 4, 20]), coef=st.sampled_from([0, 2]),
@@ -42,12 +48,15 @@ def test_budget_is_kept_and_stated(n, m, cost, grads, known, budget):
         assert not (known and grads and cost.strips_alone)
 
 
-@given(st.integers(1, 10**5), st.integers(1, 10**5), costs)
-def test_stated_need_is_enough(n, m, cost):
-    with pytest.raises(ValueError, match=f"for {n} rows and {m} columns, got 0"):
-        plan(n, m, cost._replace(row=max(cost.row, 1)), grads=True, weights_known=True, workspace_bytes=0)
-    least = used(n, m, 1, min(m, 16), cost, True)
-    assert plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=least).workspace_bytes <= least
+@given(st.integers(1, 10**5), st.integers(1, 10**5), costs, st.integers(0, 1 << 24))
+def test_stated_need_is_enough(n, m, cost, budget):
+    """So it is beside any budget."""
+    cost = cost._replace(row=max(cost.row, 1))
+    with pytest.raises(ValueError, match=f"for {n} rows and {m} columns, got 0") as refused:
+        plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=0)
+    (least,) = map(int, re.findall(r"at least (\d+)", str(refused.value)))
+    for room in (least, least + budget):
+        assert plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=room).workspace_bytes <= room
 
 
 def test_strategies():
@@ -62,6 +71,17 @@ def test_strategies():
     assert strategy(enough, weights_known=False) is Strategy.RECOMPUTE
     assert strategy(enough, grads=False) is Strategy.STATISTICS
     assert strategy(enough - 1, cost=WIDE._replace(strips_alone=True)) is Strategy.GRADS_IN_FORWARD
+
+
+@pytest.mark.parametrize("d, m, need, budget", [
+    (1024, 8192, Need(x=True), 1_900_000), (1024, 1000, Need(x=True, w=True), 8_500_000),
+])  # fmt: skip
+def test_whole_rows_where_slabs_need_more(d, m, need, budget):
+    """A slab needs the sum of all of x's gradient; whole rows need it of one block."""
+    x = torch.empty(4096, d, dtype=torch.bfloat16)
+    p = plan(4096, m, walk.cost(x, "native", gathered=False, need=need), grads=True, weights_known=True,
+             workspace_bytes=budget)  # fmt: skip
+    assert p.strategy is Strategy.GRADS_IN_FORWARD and p.block_rows >= 30
 
 
 def test_blocks_are_even():
@@ -80,8 +100,11 @@ def test_rows_are_whole_tiles_of_the_products():
 @given(st.integers(1, 10**5), st.integers(1, 10**5), costs, st.booleans(), st.integers(0, 1 << 30))
 def test_a_budget_that_nobody_gave_is_never_refused(n, m, cost, known, budget):
     room = enough(n, m, cost, True, budget)
-    assert room >= budget
     assert plan(n, m, cost, grads=True, weights_known=known, workspace_bytes=room).workspace_bytes <= room
+    with pytest.raises(ValueError) as refused:
+        plan(n, m, cost._replace(row=max(cost.row, 1)), grads=True, weights_known=known, workspace_bytes=0)
+    (least,) = map(int, re.findall(r"at least (\d+)", str(refused.value)))
+    assert budget <= room <= max(budget, min(2 * least, max(4 * budget, least + budget)))  # a part of what is free
 
 
 @given(st.integers(1, 10**5), st.integers(1, 10**5), costs, moves, st.booleans(), st.integers(1 << 20, 1 << 34))

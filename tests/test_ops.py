@@ -171,7 +171,7 @@ def test_thresholds_of_ranks_are_in_the_budget():
         ("none", 2 << 20, 1024, 4096, 64),
         ("none", 1 << 19, 1024, 4096, 64),
         ("none", 4 << 20, 256, 1024, 2048),  # the sum of the table's gradient is the largest part
-        ("mean", 4 << 20, 512, 1024, 1024),
+        ("mean", 16 << 20, 1024, 4096, 300),  # packed parts of operands
         ("mean", 8 << 20, 4096, 400, 384),  # packed parts of a few columns
     ],
 )

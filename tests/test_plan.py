@@ -55,6 +55,7 @@ def test_stated_need_is_enough(n, m, cost, budget):
     with pytest.raises(ValueError, match=f"for {n} rows and {m} columns, got 0") as refused:
         plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=0)
     (least,) = map(int, re.findall(r"at least (\d+)", str(refused.value)))
+    assert least <= used(n, m, 1, min(m, 16), cost, True)
     for room in (least, least + budget):
         assert plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=room).workspace_bytes <= room
 
@@ -73,14 +74,15 @@ def test_strategies():
     assert strategy(enough - 1, cost=WIDE._replace(strips_alone=True)) is Strategy.GRADS_IN_FORWARD
 
 
-@pytest.mark.parametrize("d, m, need, budget", [
-    (1024, 8192, Need(x=True), 1_900_000), (1024, 1000, Need(x=True, w=True), 8_500_000),
+@pytest.mark.parametrize("m, need, budget, sigmoid", [
+    (8192, Need(x=True), 1_900_000, False), (1000, Need(x=True, w=True), 8_500_000, False),
+    (8192, Need(x=True), 1_900_000, True),
 ])  # fmt: skip
-def test_whole_rows_where_slabs_need_more(d, m, need, budget):
+def test_whole_rows_where_slabs_need_more(m, need, budget, sigmoid):
     """A slab needs the sum of all of x's gradient; whole rows need it of one block."""
-    x = torch.empty(4096, d, dtype=torch.bfloat16)
-    p = plan(4096, m, walk.cost(x, "native", gathered=False, need=need), grads=True, weights_known=True,
-             workspace_bytes=budget)  # fmt: skip
+    x = torch.empty(4096, 1024, dtype=torch.bfloat16)
+    cost = walk.cost(x, "native", gathered=False, sigmoid=sigmoid, need=need)
+    p = plan(4096, m, cost, grads=True, weights_known=True, workspace_bytes=budget)
     assert p.strategy is Strategy.GRADS_IN_FORWARD and p.block_rows >= 30
 
 

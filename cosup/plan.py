@@ -81,7 +81,7 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
     Raises:
         ValueError: The budget is below what the smallest blocks need.
     """
-    least = _least(n, m, cost, grads)
+    given = cost
     cost = cost._replace(strip=min(cost.strip, max(1, workspace_bytes // STRIP_SHARE)))
 
     def fits(rows: int, cols: int) -> bool:
@@ -99,6 +99,7 @@ def plan(n: int, m: int, cost: Cost, *, grads: bool, weights_known: bool, worksp
         known = weights_known and (rows == n or not cost.column)
         found.append((_strategy(grads, known), rows, m))
     if not found:
+        least = _least(n, m, given, grads)
         raise ValueError(
             f"workspace_bytes must be at least {least} for {n} rows and {m} columns, got {workspace_bytes}"
         )

@@ -9,7 +9,8 @@ With U = 2 N M D FLOP, one GEMM over the logits:
     statistics             1U   no gradient is asked
 
 Every row block reads and writes the whole M x D gradient of the table once, every slab that of the rows. Where both
-fit, the plan takes whichever is quicker by ``cosup.steps``; without ``Cost.moves`` whole rows, if ``least_rows`` fit.
+fit, the plan takes whichever is quicker by ``cosup.steps``; without ``Cost.moves`` whole rows, if ``least_rows`` fit,
+or no slab does: in 16 bits several slabs need the float32 sum of all of x's gradient.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cosup.bench import measure
+from cosup.bench import measure, report
 
 Found = dict[str, Any]
 LONGEST = 230  # characters of a line in the table
@@ -70,7 +70,8 @@ class Recorder:
             if row["failed"]:
                 self.line(row["method"], **{"failed" if ours else "raised": row["failed"]})
                 continue
-            found = {"ms": _ms(row.get("seconds") or row["step_seconds"]), "host": _ms(row.get("host_seconds")),
+            seconds = report.typical(row) or report.typical(row, "step_seconds")
+            found = {"ms": _ms(seconds), "host": _ms(report.typical(row, "host_seconds")),
                      "MiB": _mib(row.get("workspace_bytes", row.get("step_bytes"))), "over": row.get("ratio"),
                      "over_plain": row.get("plain_ratio"), "over_dense": row.get("dense_ratio"),
                      "dx": row.get("dx_error"), "dw": row.get("dw_error")}  # fmt: skip
@@ -95,8 +96,9 @@ class Recorder:
         run()
         peak = measure.peak_bytes(run)
         readings = [measure.seconds(run) for _ in range(1 if self.small else repeats)]
-        host = {"host": _ms([h for _, h in readings if h])} if readings[0][1] else {}
-        return {"ms": _ms([s for s, _ in readings]), **host, "MiB": _mib(peak)}
+        host = [h for _, h in readings if h]
+        found = {"ms": _ms(statistics.median(s for s, _ in readings)), "MiB": _mib(peak)}
+        return found | ({"host": _ms(statistics.median(host))} if host else {})
 
     @property
     def until(self) -> float:
@@ -144,8 +146,8 @@ def _short(value: Any) -> Any:
     return value
 
 
-def _ms(seconds: list[float] | None) -> float | None:
-    return 1e3 * statistics.median(seconds) if seconds else None
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
 
 
 def _mib(size: int | None) -> float | None:

@@ -1,6 +1,7 @@
 """What each process of test_distributed.py runs: the loss over its part of the head, against the loss over it all."""
 
 import itertools
+import multiprocessing
 import os
 import tempfile
 from pathlib import Path
@@ -17,12 +18,14 @@ from cosup.bench.measure import peak_bytes
 
 N, D, V = 41, 7, 90
 SPLITS = {2: [64, 26], 3: [70, 1, 19]}  # of the head's rows
+IMPORTED = ["cosup.bench.gpu.preload", "torch.distributed.tensor"]  # once, by the process that all others are forked of
 
 
 def run(check, world):
     """Run ``check(rank, world)`` in so many processes; an error in any is raised here."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, (check, world, f"{folder}/store"), nprocs=world)
+        mp.start_processes(_process, (check, world, f"{folder}/store"), nprocs=world, start_method="forkserver")
 
 
 def _process(rank, check, world, path):

@@ -511,7 +511,7 @@ def test_a_run_with_further_candidates_goes_on_bit_for_bit(tmp_path):
             make_trainer(tmp_path, **options | {"queue_size": size}).train(str(tmp_path / "checkpoint-8"))
 
 
-@pytest.mark.parametrize("free, elsewhere", [(1 << 30, 1 << 12), (1 << 12, 1 << 30)])
+@pytest.mark.parametrize("free, elsewhere", [(1 << 30, 1 << 18), (1 << 18, 1 << 30)])
 def test_a_run_goes_on_bit_for_bit_with_other_memory_free(free, elsewhere, tmp_path):
     """Its budget is saved with it. A new run elsewhere has another budget, and with it other bits in both losses."""
     runs, held_out = [], []

@@ -194,7 +194,7 @@ def resumed(config: type[CoSupConfig] = CoSupConfig, **options):
 
     def run(folder: Path, world: int) -> dict:
         runs = [make_trainer(folder, **options) for _ in range(2)]
-        free = [1 << 30, 1 << 12] if runs[0].args.process_index else [1 << 12, 1 << 30]
+        free = [1 << 30, 1 << 18] if runs[0].args.process_index else [1 << 18, 1 << 30]
         with machine(free[0]):
             runs[0].train()
         with machine(free[1]):

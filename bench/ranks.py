@@ -65,8 +65,8 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        results = mp.get_context("spawn").SimpleQueue()
-        mp.start_processes(_rank, (world, port, vars(args), results), nprocs=world, start_method="spawn")
+        results = mp.get_context("forkserver").SimpleQueue()
+        mp.start_processes(_rank, (world, port, vars(args), results), nprocs=world, start_method="forkserver")
         size = {"ranks": world, **dict(zip("NMD", args.rows, strict=True)), "symmetric": args.symmetric}
         rows = [results.get() for _ in range(2 if world > 1 else 1)]
         records.append({"size": size, "rows": rows, "absent": {}})

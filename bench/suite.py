@@ -85,7 +85,7 @@ def run(out: Path, *, full: bool = False) -> bool:
 
 
 def _alone(command: str, arguments: list[str], out: Path) -> dict[str, Any]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as process:
         return process.submit(_measure, command, arguments, out).result()
 
 

@@ -1,6 +1,7 @@
 """Kernels run on the GPU where there is one, and through Triton's interpreter where there is none."""
 
 import gc
+import multiprocessing
 import os
 
 import pytest
@@ -13,6 +14,8 @@ if os.environ["TRITON_INTERPRET"] == "1":
     import interpreter
 
     interpreter.patch_once_a_launch()
+# What tests do in several processes: these are forked from one that has imported it.
+multiprocessing.set_forkserver_preload(["cosup.bench.gpu.preload", "torch.distributed.tensor", "transformers.trainer"])
 settings.register_profile("quick", max_examples=60)
 settings.register_profile("nightly", max_examples=500)
 settings.load_profile("quick")  # pytest --hypothesis-profile nightly asks for the other

@@ -1,8 +1,10 @@
 """What each process of test_distributed.py runs: the loss over its part of the head, against the loss over it all."""
 
 import itertools
-import multiprocessing
 import os
+import runpy
+import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,14 +20,29 @@ from cosup.bench.measure import peak_bytes
 
 N, D, V = 41, 7, 90
 SPLITS = {2: [64, 26], 3: [70, 1, 19]}  # of the head's rows
-IMPORTED = ["cosup.bench.gpu.preload", "torch.distributed.tensor"]  # once, by the process that all others are forked of
 
 
 def run(check, world):
     """Run ``check(rank, world)`` in so many processes; an error in any is raised here."""
-    multiprocessing.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_process, (check, world, f"{folder}/store"), nprocs=world, start_method="forkserver")
+
+
+def run_script(path, world, *arguments):
+    """Run a script in so many processes, as torchrun does it: what they are is in their environment."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_script, (str(path), world, port, arguments), nprocs=world, start_method="forkserver")
+
+
+def _script(rank, path, world, port, arguments):
+    torch.set_num_threads(1)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    os.environ.update(zip(names, map(str, (rank, rank, world, world, "localhost", port)), strict=True))
+    sys.argv = [path, *map(str, arguments)]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")
 
 
 def _process(rank, check, world, path):

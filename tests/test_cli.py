@@ -1,7 +1,6 @@
 """The command, from a user's own JSONL and model folders to an answer; and what it says of mistakes."""
 
 import json
-import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
@@ -20,6 +19,19 @@ def run(*arguments):
     result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, (result.output, result.exception)
     return result.output
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """The command as a shell starts it: its exit code, what it wrote, what it said of errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cosup", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capfd.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +80,10 @@ def test_doctor_names_the_paths():
     assert "torch" in output and ("native" in output or "PyTorch path" in output)
 
 
-def test_doctor_says_the_same_as_one_json_object():
-    command = [sys.executable, "-c", "from cosup.cli import main; main()", "doctor", "--json"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    said = json.loads(result.stdout)  # nothing else is on stdout
+def test_doctor_says_the_same_as_one_json_object(command):
+    code, out, _ = command("doctor", "--json")
+    assert code == 0
+    said = json.loads(out)  # nothing else is on stdout
     assert said == {f.name: {"state": f.state, "advice": f.advice} for f in doctor.examine()}
     assert set(said) == {
         "cosup", "python", *doctor.PACKAGES, "CPU kernels", "GPU", "GPU kernels", "workspace",
@@ -105,13 +116,12 @@ def test_what_is_no_size_is_refused(text):
         cli._size("--free", text)
 
 
-def test_a_mistake_is_one_line(files):
+def test_a_mistake_is_one_line(files, command):
     data = ["--instances", files / "instances.jsonl", "--passages", files / "passages.jsonl"]
-    command = [sys.executable, "-c", "from cosup.cli import main; main()", "train", "--gen", "./nowhere/[a]", *data]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == "error: gen: there is no folder './nowhere/[a]'"
-    assert "Traceback" not in result.stdout + result.stderr
+    code, out, errors = command("train", "--gen", "./nowhere/[a]", *data)
+    assert code == 1
+    assert errors.splitlines()[-1] == "error: gen: there is no folder './nowhere/[a]'"
+    assert "Traceback" not in out + errors
 
 
 def test_another_run_is_not_taken_up_unasked(files):

@@ -1,14 +1,13 @@
 """What the documentation shows runs as it stands: a page's blocks in their order, in one namespace."""
 
 import inspect
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F
 
@@ -100,10 +99,7 @@ def test_script_over_processes_runs(page, tmp_path):
     assert script.count(end) == 1
     script = script.replace(end, "dist.barrier(); __import__('os')._exit(0)")  # gloo's threads may abort what unwinds
     (tmp_path / "head.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "head.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ranks.run_script(tmp_path / "head.py", 2)
 
 
 @pytest.mark.parametrize("loss", PAGES)

@@ -1,11 +1,8 @@
 """A patched model trains over processes as in one: DistributedDataParallel, FSDP2, distributed checkpoints."""
 
-import os
-import subprocess
-import sys
-
 import patched_ranks
 import pytest
+import ranks
 import torch
 from transformers import LlamaForCausalLM
 
@@ -17,12 +14,7 @@ WORLD = patched_ranks.WORLD
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("patched")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-    process = subprocess.run(
-        [*command, patched_ranks.__file__, str(folder)], capture_output=True, text=True, timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
+    ranks.run_script(patched_ranks.__file__, WORLD, folder)
     return folder
 
 

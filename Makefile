@@ -2,13 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs gpu-bundle clean
+PYTEST := $(BIN)/pytest -n auto
+
+.PHONY: demo test test-all planted lint docs gpu-bundle clean
 
 demo: .venv/installed
 	$(BIN)/cosup demo $(ARGS)
 
 test: .venv/installed
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: .venv/installed
+	$(PYTEST) --release $(ARGS)
+
+planted: .venv/installed
+	$(PYTEST) --planted $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

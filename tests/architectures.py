@@ -122,7 +122,7 @@ but where a model takes nothing else (git); no dropout where a config can say so
 and a z-loss switched on where it has them. What was not: released weights, and other switches of a config.
 
     python tests/architectures.py                                       # makes this page
-    pytest tests/test_patching_architectures.py --all-architectures     # the same, and fails where it differs
+    pytest tests/test_patching_architectures.py --release               # the same, and fails where it differs
 
 Either takes about a minute (2 cores of an AMD EPYC, Python 3.11).
 

@@ -1,11 +1,14 @@
 """What each process of test_distributed.py runs: the loss over its part of the head, against the loss over it all."""
 
 import itertools
+import multiprocessing
 import os
 import runpy
 import socket
 import sys
 import tempfile
+import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,25 +32,79 @@ def run(check, world):
 
 
 def run_script(path, world, *arguments):
-    """Run a script in so many processes, as torchrun does it: what they are is in their environment."""
+    """Run a script in its folder in so many processes, which are told what they are as torchrun does it."""
+    given = str(path), world, _free_port(), arguments
+    mp.start_processes(_script, given, nprocs=world, start_method="forkserver")
+
+
+class Started:
+    """So many processes, told what they are as torchrun does it, for one task after the other."""
+
+    def __init__(self, world):
+        context, port = multiprocessing.get_context("forkserver"), _free_port()
+        self.ends, others = zip(*(context.Pipe() for _ in range(world)), strict=True)
+        self.processes = [context.Process(target=_serve, args=(rank, world, port, end), daemon=True)
+                          for rank, end in enumerate(others)]  # fmt: skip
+        for process, end in zip(self.processes, others, strict=True):
+            process.start()
+            end.close()
+
+    def run(self, task, *arguments, seconds=60):
+        """``task(*arguments)`` in each; an error in any is raised here, and ends all."""
+        for end in self.ends:
+            end.send((task, arguments))
+        for rank, end in enumerate(self.ends):
+            error = "it has no end" if not end.poll(seconds) else end.recv()
+            if error is not None:
+                self.end()
+                raise RuntimeError(f"rank {rank}: {error}")
+
+    @property
+    def is_alive(self):
+        return all(process.is_alive() for process in self.processes)
+
+    def end(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_script, (str(path), world, port, arguments), nprocs=world, start_method="forkserver")
+        return free.getsockname()[1]
 
 
-def _script(rank, path, world, port, arguments):
+def _be_rank(rank, world, port):
     torch.set_num_threads(1)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     os.environ.update(zip(names, map(str, (rank, rank, world, world, "localhost", port)), strict=True))
+
+
+def _serve(rank, world, port, end):
+    _be_rank(rank, world, port)
+    while True:
+        task, arguments = end.recv()
+        try:
+            task(*arguments)
+        except Exception:
+            end.send(traceback.format_exc())
+        else:
+            end.send(None)
+
+
+def _script(rank, path, world, port, arguments):
+    _be_rank(rank, world, port)
     sys.argv = [path, *map(str, arguments)]
+    os.chdir(Path(path).parent)
     sys.path.insert(0, str(Path(path).parent))
     runpy.run_path(path, run_name="__main__")
 
 
 def _process(rank, check, world, path):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world,
+                            timeout=timedelta(seconds=30))  # fmt: skip
     check(rank, world)
     dist.barrier()
     os._exit(0)  # gloo's threads may abort a process that unwinds
@@ -127,7 +184,7 @@ def sixteen_bits_and_compile(rank, world):
 
     whole = linear_cross_entropy(x, w, target, label_smoothing=0.1)
     (want,) = torch.autograd.grad(whole, x)
-    for function in (loss, torch.compile(loss, fullgraph=True)):
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         value = function(x, w_part)
         torch.testing.assert_close(value, whole)
         torch.testing.assert_close(torch.autograd.grad(value, x)[0], want, rtol=0.02, atol=1e-4)

@@ -7,11 +7,11 @@ import huggingface_hub
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from test_model import pair, shared
 
 from cosup import cards
 from cosup.model import GenCtxModel
 from cosup.train import CoSupConfig, CoSupTrainer
+from pairs import pair, shared
 from tiny import tiny_folder, tiny_gen, tiny_instances, tiny_passages
 
 INSTANCES, PASSAGES = tiny_instances(8), tiny_passages(8)

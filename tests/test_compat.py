@@ -9,12 +9,12 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from test_losses import DTYPES, check
 
 import cosup
 from cosup.compat import cut_cross_entropy, liger
 from cosup.compat.cut_cross_entropy import LinearCrossEntropy, VocabParallelOptions
 from cosup.compat.liger import LigerFusedLinearCrossEntropyLoss, liger_fused_linear_cross_entropy
+from oracles import DTYPES, check
 
 NEEDED = inspect.Parameter.empty
 LIGER_OPTIONS = {

@@ -190,6 +190,7 @@ campaign.run(["--out", {str(tmp_path)!r}])
 QUICK = ("machine", "correct.ranks", "correct.devices", "losses.few-rows", "ignored", "bad-target")
 
 
+@pytest.mark.release
 def test_a_killed_campaign_is_finished_by_a_second_call(tmp_path):
     """By the script for a bare machine, in a copy of the packages, without a GPU."""
     out = tmp_path / "out"

@@ -4,38 +4,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_losses import DTYPES, check
 from torch.utils.checkpoint import checkpoint
 
 from cosup import info_nce, nn, ops
 from cosup.bench import peers
 from cosup.gemm import dots
-from cosup.plan import Strategy, plan, used
+from cosup.plan import plan, used
 from cosup.walk import cost, resolve
+from oracles import DTYPES, D, M, N, bytes_for_pool, check, contrastive, pool
 
-N, M, D = 65, 130, 33
-
-
-@pytest.fixture(autouse=True)
-def narrow_slabs(monkeypatch):
-    """Small tables fit one slab and one strip whole; the tests want several of each."""
-    monkeypatch.setattr("cosup.walk.LEAST_ROWS", {"cpu": 20, "cuda": 20})
-    monkeypatch.setattr("cosup.plan.SLAB_HEIGHT", 1)
-    monkeypatch.setattr("cosup.walk.STRIP", 256)
-
-
-def workspace(strategy, query, symmetric):
-    """A budget for all logits at once, for blocks of whole rows, or for slabs of columns."""
-    c = cost(query, resolve("auto", query), gathered=False, symmetric=symmetric)
-    rows, cols = {"one block": (N, M), "row blocks": (33, M), "slabs": (16, 48)}[strategy]
-    c = c._replace(strip=c.strip and 16)
-    budget = used(N, M, rows, cols, c, True) + (0 if strategy == "one block" else 64 * c.tile)
-    p = plan(N, M, c, grads=True, weights_known=True, workspace_bytes=budget)
-    in_forward = strategy == "one block" or (strategy == "row blocks" and not symmetric)
-    assert (p.strategy is Strategy.GRADS_IN_FORWARD) == in_forward
-    assert (p.block_cols < M) == (strategy == "slabs") and (p.block_rows < N) == (strategy != "one block")
-    return budget
-
+pytestmark = pytest.mark.usefixtures("narrow_slabs")
 
 GENERATOR = torch.Generator().manual_seed(0)
 FEATURES = {
@@ -60,70 +38,23 @@ FEATURES["all"] = {k: v for options in FEATURES.values() for k, v in options.ite
 FEATURES["all, false negatives"] = FEATURES["all"] | {"false_negative_margin": 0.1, "label_smoothing": 0.0}
 
 
-def formula(query, candidates, *, temperature, target, normalize=True, reduction="mean", hard_negatives=None,
-            query_negatives=False, candidate_negatives=False, symmetric=False, candidate_ids=None, candidate_bias=None, sample_weight=None, margin=0.0,
-            false_negative_margin=None, label_smoothing=0.0):  # fmt: skip
-    """The docstring of info_nce, in PyTorch."""
-    if normalize:
-        query, candidates = F.normalize(query, dim=1), F.normalize(candidates, dim=1)
-    n = torch.arange(len(query), device=query.device)
-    hit = torch.zeros(len(query), len(candidates), dtype=torch.bool, device=query.device)
-    hit[n, target] = True
-    similarity = query @ candidates.mT
-    z = (similarity - margin * hit) / temperature
-    if candidate_bias is not None:
-        z = z + candidate_bias
-    out = torch.zeros_like(hit)
-    if candidate_ids is not None:
-        out |= candidate_ids == candidate_ids[target][:, None]
-    if false_negative_margin is not None:
-        out |= similarity > similarity[n, target][:, None] + false_negative_margin
-    z = z.masked_fill(out & ~hit, float("-inf"))
-    row = z
-    if hard_negatives is not None:
-        hard = F.normalize(hard_negatives, dim=2) if normalize else hard_negatives
-        row = torch.cat([z, torch.einsum("nd,nhd->nh", query, hard.to(query.dtype)) / temperature], 1)
-    same = torch.zeros_like(hit) if candidate_ids is None else candidate_ids == candidate_ids[target][:, None]
-    if query_negatives:
-        alike = same[:, target] | torch.eye(len(query), dtype=torch.bool, device=query.device)
-        row = torch.cat([row, (query @ query.mT / temperature).masked_fill(alike, float("-inf"))], 1)
-    if candidate_negatives:
-        among = candidates[target] @ candidates.mT / temperature
-        row = torch.cat([row, among.masked_fill(same | hit, float("-inf"))], 1)
-    kept = ~(out & ~hit)
-    spread = (row.logsumexp(1, keepdim=True) - z).masked_fill(~kept, 0.0).sum(1) / kept.sum(1)
-    loss = (1 - label_smoothing) * (row.logsumexp(1) - z[n, target]) + label_smoothing * spread
-    if symmetric:
-        loss = (loss + F.cross_entropy(z.mT[target], n, reduction="none")) / 2
-    weight = torch.ones_like(loss) if sample_weight is None else sample_weight.to(loss.dtype)
-    loss = loss * weight
-    return loss if reduction == "none" else loss.sum() / weight.sum()
-
-
-def problem(dtype, device):
-    query, candidates = torch.randn(N, D, device=device).to(dtype), torch.randn(M, D, device=device).to(dtype)
-    target = torch.randperm(M, device=device)[:N]
-    candidates[target[: N // 2]] += query[: N // 2]  # half of the queries know their answer
-    return query, candidates, target
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strategy", ["one block", "row blocks", "slabs"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_error_of_every_feature(feature, reduction, strategy, dtype, device):
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in FEATURES[feature].items()}
-    query, candidates, target = problem(dtype, device)
+    query, candidates, target = pool(dtype, device)
     inputs = [query, candidates]
     names = [name for name in ("candidate_bias", "hard_negatives") if name in options]
     inputs += [options.pop(name).to(dtype) for name in names]
-    budget = workspace(strategy, query, options.get("symmetric", False))
+    budget = bytes_for_pool(strategy, query, options.get("symmetric", False))
 
     def run(loss, query, candidates, *others, **more):
         given = dict(zip(names, others, strict=True))
         return loss(query, candidates, target=target, temperature=0.3, reduction=reduction, **options, **given, **more)
 
-    check(lambda *t: run(info_nce, *t, workspace_bytes=budget), lambda *t: run(formula, *t), inputs)
+    check(lambda *t: run(info_nce, *t, workspace_bytes=budget), lambda *t: run(contrastive, *t), inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -143,7 +74,7 @@ def test_error_of_triangles(reduction, ids, strategy, dtype, device):
     p = plan(M, M, c, grads=True, weights_known=False, workspace_bytes=budget)
     assert (p.block_cols < M) == (strategy == "slabs")
     check(lambda q, c: info_nce(q, c, workspace_bytes=budget, **options),
-          lambda q, c: formula(q, c, target=target, **options), (query, candidates))  # fmt: skip
+          lambda q, c: contrastive(q, c, target=target, **options), (query, candidates))  # fmt: skip
 
 
 def test_a_triangle_is_half_of_a_square(monkeypatch):
@@ -166,8 +97,8 @@ def test_error_of_the_temperatures_gradient(feature, strategy, dtype, device):
     errors = []
     for seed in range(8):
         torch.manual_seed(seed)
-        query, candidates, target = problem(dtype, device)
-        budget = workspace(strategy, query, options.get("symmetric", False))
+        query, candidates, target = pool(dtype, device)
+        budget = bytes_for_pool(strategy, query, options.get("symmetric", False))
 
         def run(loss, dtype, query=query, candidates=candidates, target=target, **more):
             given = {k: v.to(dtype) if k in ("candidate_bias", "hard_negatives") else v for k, v in options.items()}
@@ -176,8 +107,8 @@ def test_error_of_the_temperatures_gradient(feature, strategy, dtype, device):
             value = loss(*tensors, temperature=temperature, target=target, **given, **more)
             return torch.autograd.grad(value, temperature)[0].double()
 
-        truth = run(formula, torch.float64)
-        errors.append([run(info_nce, dtype, workspace_bytes=budget) - truth, run(formula, dtype) - truth, truth])
+        truth = run(contrastive, torch.float64)
+        errors.append([run(info_nce, dtype, workspace_bytes=budget) - truth, run(contrastive, dtype) - truth, truth])
     ours, theirs, size = torch.tensor(errors).square().mean(0).sqrt().tolist()
     assert ours <= 2 * (theirs + 0.5 * torch.finfo(dtype).eps * size)
 
@@ -202,7 +133,7 @@ def test_gradcheck(budget, symmetric):
 
 
 def test_stats_with_query_negatives(device):
-    query, candidates, target = problem(torch.float32, device)
+    query, candidates, target = pool(torch.float32, device)
     _, stats = info_nce(query, candidates, target, temperature=0.3, query_negatives=True, return_stats=True)
     q, c = (F.normalize(t.double(), dim=1) for t in (query, candidates))
     z = q @ c.mT / 0.3
@@ -217,7 +148,7 @@ def test_stats_with_query_negatives(device):
 @pytest.mark.parametrize("hard", [None, 3])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_stats(symmetric, hard, device):
-    query, candidates, target = problem(torch.float32, device)
+    query, candidates, target = pool(torch.float32, device)
     hard = None if hard is None else torch.randn(N, hard, D, device=device)
     options = {"temperature": 0.3, "symmetric": symmetric, "margin": 0.2, "hard_negatives": hard}
     _, stats = info_nce(query, candidates, target, return_stats=True, **options)
@@ -284,9 +215,9 @@ def _equal(theirs, ours, candidates=N):
 
 def test_low_temperature_in_sixteen_bits(device):
     """Logits to 100, in both directions: finite, and no worse than plain PyTorch."""
-    query, candidates, target = problem(torch.bfloat16, device)
+    query, candidates, target = pool(torch.bfloat16, device)
     check(lambda q, c, t: info_nce(q, c, target, temperature=t, symmetric=True),
-          lambda q, c, t: formula(q, c, temperature=t, target=target, symmetric=True),
+          lambda q, c, t: contrastive(q, c, temperature=t, target=target, symmetric=True),
           (query, candidates, torch.tensor(0.01, dtype=torch.bfloat16, device=device)))  # fmt: skip
 
 
@@ -358,11 +289,11 @@ def test_a_frozen_pool_may_be_mapped_from_a_file(tmp_path):
 
 
 def test_matryoshka(device):
-    query, candidates, target = problem(torch.float64, device)
+    query, candidates, target = pool(torch.float64, device)
     hard = torch.randn(N, 2, D, dtype=torch.float64, device=device)
     tensors = [t.requires_grad_() for t in (query, candidates, hard)]
     loss = nn.MatryoshkaLoss(nn.InfoNCELoss(0.3, symmetric=True), dims=(8, 20, D), weights=(0.5, 1.0, 2.0))
-    parts = [formula(query[:, :d], candidates[:, :d], temperature=0.3, target=target, symmetric=True,
+    parts = [contrastive(query[:, :d], candidates[:, :d], temperature=0.3, target=target, symmetric=True,
                      hard_negatives=hard[..., :d]) for d in (8, 20, D)]  # fmt: skip
     got, want = loss(query, candidates, target, hard_negatives=hard), 0.5 * parts[0] + parts[1] + 2 * parts[2]
     torch.testing.assert_close((got, *torch.autograd.grad(got, tensors)), (want, *torch.autograd.grad(want, tensors)))
@@ -439,7 +370,7 @@ def test_inside_activation_checkpointing(option):
 
 def test_smoothing_keeps_the_digits_of_float64():
     q, c = torch.randn(6, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
-    want = formula(q, c, temperature=0.05, target=torch.arange(6), label_smoothing=0.1)
+    want = contrastive(q, c, temperature=0.05, target=torch.arange(6), label_smoothing=0.1)
     torch.testing.assert_close(info_nce(q, c, label_smoothing=0.1), want, rtol=1e-14, atol=0)
 
 
@@ -449,7 +380,7 @@ def test_a_row_of_zeros_in_float16():
 
 
 def test_fused_statistics_are_not_for_triangles(device):
-    query, candidates, target = (t if t.dtype == torch.int64 else t.half() for t in problem(torch.float32, device))
+    query, candidates, target = (t if t.dtype == torch.int64 else t.half() for t in pool(torch.float32, device))
     options = {"query_negatives": True, "temperature": 0.3}
     values = [info_nce(query, candidates, target, backend=name, **options) for name in ("fused", "reference")]
     torch.testing.assert_close(*values, rtol=1e-3, atol=1e-3)

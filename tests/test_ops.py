@@ -11,6 +11,7 @@ from cosup.bench.measure import peak_bytes
 from cosup.kernels import native
 from cosup.plan import Strategy, plan, used
 from cosup.walk import NARROW, cost
+from operators import arguments, need
 
 BACKENDS = ["reference", *(["native"] if native.AVAILABLE else [])]
 
@@ -32,42 +33,38 @@ def test_gradcheck(reduction, budget):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
+    def opcheck(operator, **given):
+        torch.library.opcheck(operator, arguments(operator, backend=backend, **given))
+
     x, w, b = (torch.randn(*s, requires_grad=True) for s in ((7, 3), (11, 3), (11,)))
-    scale, weight = torch.tensor(2.0, requires_grad=True), torch.rand(7, requires_grad=True)
+    x2, w2, scale = (torch.randn(s).abs().requires_grad_() for s in ((7, 2), (11, 2), ()))
+    weight, soft = torch.rand(7, requires_grad=True), torch.rand(11)
     target, ids = torch.randperm(11)[:7], torch.randint(5, (11,))
-    soft = torch.rand(11)
-    x2, w2 = torch.randn(7, 2, requires_grad=True), torch.randn(11, 2, requires_grad=True)
-    lists = torch.tensor([0, 2, 2, 3, 4, 5, 6, 7]), torch.randperm(11)[:7]
-    shared = (scale, b, ids[target], ids, soft, x2, w2, None, None, 0.0)
-    end = ([True] * 6, 1 << 20, backend, None, False, None)
-    fixed = (scale.detach(), *shared[1:])  # the entropy has no gradient of the scale
-    four = (weight, weight, weight, weight)
+    every, rows = need("x", "w", "bias", "x2", "w2", "scale"), dict(x=x, w=w, target=target)
+    weights = dict(b=weight, c=weight, e=weight, q=weight)
+    features = dict(bias=b, soft=soft)
+    one = features | dict(row_id=ids[target], col_id=ids, x2=x2, w2=w2, margin=0.1, gap=5.0)
+    several = features | dict(pair_start=torch.tensor([0, 2, 2, 3, 4, 5, 6, 7]), pair_col=torch.randperm(11)[:7],
+                              pool="logsumexp")  # fmt: skip
+    still = dict(scale=scale.detach())  # the entropy has no gradient of the scale
     for symmetric in (False, True):
-        options = (None, 0.1, 5.0, "")  # ignore_index, margin, gap, pool
-        v = weight if symmetric else None
-        arguments = (x, w, target, *fixed, *options, symmetric, True, [True] * 5 + [False], *end[1:], None)
-        torch.library.opcheck(ops.nll_stats, arguments)
-        torch.library.opcheck(ops.loss_and_grads, (x, w, target, *four, v, *shared, *options, True, *end))
-    several = (scale, b, None, None, soft, None, None, *lists, 0.0, None, 0.0, None, "logsumexp")
-    arguments = (x, w, target, scale.detach(), *several[1:], False, True, [True] * 3 + [False] * 3, *end[1:], None)
-    torch.library.opcheck(ops.nll_stats, arguments)
-    of_three = ([True] * 3 + [False] * 2 + [True], *end[1:])
-    torch.library.opcheck(ops.loss_and_grads, (x, w, target, *four, None, *several, True, *of_three))
-    frozen = ([True] + 5 * [False], 1 << 20, backend, None, False, None)
-    torch.library.opcheck(ops.loss_and_grads, (x, w.detach(), target, weight.detach(), *4 * [None], scale.detach(),
-                                               *8 * [None], 0.0, -100, 0.0, None, "", True, *frozen))  # fmt: skip
-    top, of_columns = torch.randn(7), torch.rand(11)
-    x, w, scale, weight, x2, w2 = (t.detach() for t in (x, w, scale, weight, x2, w2))
-    upstream, known = (weight, top, top, top, top), (weight, top, weight, of_columns, of_columns, torch.rand(0))
-    options = (None, None, 0.0, None, 0.0, None, "", True)
-    arguments = (*upstream, *known, x, w, target, scale, None, None, None, soft, x2, w2, *options, *end, None)
-    torch.library.opcheck(ops.nll_stats_backward, arguments)
-    torch.library.opcheck(ops.column_values, (soft, target, None))
+        opcheck(ops.nll_stats, **rows, **still, **one, symmetric=symmetric, need=need("x", "w", "bias", "x2", "w2"))
+        opcheck(ops.loss_and_grads, **rows, **weights, v=weight if symmetric else None, scale=scale, **one, need=every)
+    opcheck(ops.nll_stats, **rows, **still, **several, need=need("x", "w", "bias"))
+    opcheck(ops.loss_and_grads, **rows, **weights, scale=scale, **several, need=need("x", "w", "bias", "scale"))
+    frozen = dict(w=w.detach(), b=weight.detach(), ignore_index=-100)
+    opcheck(ops.loss_and_grads, **rows | frozen, **still, need=need("x"))
+    x, w, x2, w2, weight = (t.detach() for t in (x, w, x2, w2, weight))
+    rows, top, of_columns = dict(x=x, w=w, target=target), torch.randn(7), torch.rand(11)
+    upstream = dict(grad_nll=weight, grad_lse=top, grad_entropy=top, grad_soft=top, grad_column=top)
+    known = dict(entropy=weight, top=top, total=weight, col_top=of_columns, col_total=of_columns, pair_logit=top[:0])
+    opcheck(ops.nll_stats_backward, **upstream, **known, **rows, **still, soft=soft, x2=x2, w2=w2, symmetric=True,
+            need=every)  # fmt: skip
+    torch.library.opcheck(ops.column_values, arguments(ops.column_values, vector=soft, target=target))
     torch.library.opcheck(ops.pairs_of_ids, (ids[target], ids))
-    x, scale = x.requires_grad_(), scale.requires_grad_()
-    torch.library.opcheck(ops.lse_of_others, (x, scale, ids[target], True, 1 << 20, backend))
-    x, scale = x.detach(), scale.detach()
-    torch.library.opcheck(ops.lse_of_others_backward, (weight, top, weight, x, scale, None, 1 << 20, backend))
+    triangle = dict(ids=ids[target], x=x.clone().requires_grad_(), scale=scale)
+    opcheck(ops.lse_of_others, **triangle, need=True)
+    opcheck(ops.lse_of_others_backward, grad=weight, top=top, total=weight, x=x, **still)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -122,8 +119,10 @@ def test_fullgraph_compile(reduction):
                         hard_negatives=x[:, None].cos(), candidate_bias=w[:, 0], sample_weight=w[:33, 1].abs(),
                         label_smoothing=0.1)  # fmt: skip
 
-    for loss, third in ((token, b), (sequence, temperature), (all_of_it, temperature)):
-        compiled = torch.compile(loss, fullgraph=True)
+    # each operator once by Inductor; a graph is as whole without it
+    for loss, third, backend in ((token, b, "inductor"), (sequence, temperature, "aot_eager"),
+                                 (all_of_it, temperature, "inductor" if reduction == "mean" else "aot_eager")):
+        compiled = torch.compile(loss, fullgraph=True, backend=backend)
         for n in (33, 33):
             x = torch.randn(n, 16, requires_grad=True)
             eager, graph = loss(x, w, third), compiled(x, w, third)
@@ -159,12 +158,17 @@ def test_thresholds_of_ranks_are_in_the_budget():
     assert peak_bytes(run) - sum(t.nbytes for t in stats) < 1.02 * budget
 
 
+def of_dtypes(*cases):
+    """Each case of each dtype; but not wide ones in float16: it has bfloat16's plan and slow products."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return [(dtype, *case) for dtype in dtypes for case in cases if dtype != torch.float16 or case[-1] <= 64]
+
+
 @pytest.mark.skipif(not native.AVAILABLE, reason="the reference path holds further tiles")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("ignored", [0, 100])
 @pytest.mark.parametrize(
-    "reduction, budget, n, m, d",
-    [
+    "dtype, reduction, budget, n, m, d",
+    of_dtypes(
         ("mean", 4 << 20, 1024, 4096, 64),
         ("mean", 8 << 20, 1024, 4096, 600),
         ("none", 2 << 20, 1024, 4096, 64),
@@ -172,7 +176,8 @@ def test_thresholds_of_ranks_are_in_the_budget():
         ("none", 4 << 20, 256, 1024, 2048),  # the sum of the table's gradient is the largest part
         ("mean", 16 << 20, 1024, 4096, 300),  # packed parts of operands
         ("mean", 8 << 20, 4096, 400, 384),  # packed parts of a few columns
-    ],
+    ),
+    ids=str,
 )
 def test_peak_memory_is_as_planned(reduction, budget, n, m, d, ignored, dtype):
     """Tensors alive above inputs and gradients: never above the plan, and not far below it."""
@@ -211,9 +216,10 @@ def test_what_is_frozen_takes_no_room(reduction, mib, d, frozen, dtype):
 
 
 @pytest.mark.skipif(not native.AVAILABLE, reason="the reference path holds further tiles")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("budget, d", [(4 << 20, 64), (8 << 20, 600), (1 << 20, 64), (1 << 19, 64)])
+@pytest.mark.parametrize(
+    "dtype, budget, d", of_dtypes((4 << 20, 64), (8 << 20, 600), (1 << 20, 64), (1 << 19, 64)), ids=str
+)
 def test_peak_memory_of_pairs_is_as_planned(budget, d, reduction, dtype):
     """As above, of the sigmoid loss: its tile is one strip, whatever the number of columns."""
     n, m = 1024, 4096
@@ -266,12 +272,13 @@ def meta_adds_in_float32() -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("budget", [1 << 24, 1 << 19], ids=["whole rows", "slabs"])
+@pytest.mark.parametrize("budget", [1 << 24, 1 << 20], ids=["whole rows", "slabs"])
 def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
     """As whole graphs and CUDA graphs need it: no value is asked, nothing copied from or to the host. Shown on the meta
     device, whose tensors have no values to ask for, by the operators' own code in place of their fake kernels."""
     if dtype == torch.bfloat16 and not meta_adds_in_float32():
         pytest.skip("this torch's addmm cannot take out_dtype on the meta device, as 2.11")
+    backward = ops.nll_stats_backward
     for name in ("nll_stats", "loss_and_grads", "nll_stats_backward", "column_values", "sigmoid_loss", "lse_of_others",
                  "lse_of_others_backward"):
         monkeypatch.setattr(ops, name, torch.no_grad()(getattr(ops, name)._init_fn))
@@ -304,10 +311,11 @@ def test_the_host_reads_nothing_of_a_gpu(budget, dtype, monkeypatch):
                          reduction=reduction, **common)  # fmt: skip
         linear_log_prob(x, w, target, linear_bias=b, temperature=0.7, **common)
         scale = torch.ones((), device="meta")
-        grads = ops.nll_stats_backward(*8 * [row], column, column, row[:0], x, w, target, scale, column, None, None,
-                                       column, None, None, None, None, 0.0, -100, 0.0, None, "", True,
-                                       [True] * 3 + [False] * 3, budget, "reference", None, False,
-                                       None, None)  # fmt: skip
+        upstream = dict.fromkeys(("grad_nll", "grad_lse", "grad_entropy", "grad_soft", "grad_column"), row)
+        known = dict(entropy=row, top=row, total=row, col_top=column, col_total=column, pair_logit=row[:0])
+        grads = ops.nll_stats_backward(*arguments(
+            backward, **upstream, **known, x=x, w=w, target=target, scale=scale, bias=column, soft=column,
+            ignore_index=-100, symmetric=True, need=need("x", "w", "bias"), **common))  # fmt: skip
         assert ops.lse_of_others_backward(row, row, row, x, scale, ids[:300], budget, "reference").shape == x.shape
     assert [g.shape for g in grads[:3]] == [x.shape, w.shape, b.shape]
 
@@ -385,12 +393,12 @@ def test_rounded_tiles_are_as_exact_as_plain(kind, rows, device, monkeypatch):
             loss = loss + ((z.logsumexp(0)[target] - z.gather(1, target[:, None])[:, 0]) * of_columns).sum()
         return loss
 
-    # invariant: ignored rows stay in their place on a CPU too
-    options = (0.0, -100, 0.0, None, "", False, [True, True] + 4 * [False], 1 << 20, NARROW, None, True, None)
     planned = watch(monkeypatch, **{"one block": {}, "blocks": {"block_rows": 24}, "slabs": SLABS}[rows])
     p = [t.clone().requires_grad_() for t in (x, w)]
-    weights, features = (weight, None, share, None, of_columns), (one, None, None, None, soft, *4 * [None])
-    found = ops.loss_and_grads(*p, target, *weights, *features, *options)
+    # invariant: ignored rows stay in their place on a CPU too
+    found = ops.loss_and_grads(*arguments(
+        ops.loss_and_grads, x=p[0], w=p[1], target=target, b=weight, e=share, v=of_columns, scale=one, soft=soft,
+        ignore_index=-100, rank=False, need=need("x", "w"), backend=NARROW, invariant=True))  # fmt: skip
     ours = [found[0].detach(), *torch.autograd.grad(found[0], p)]
     p = [t.double().requires_grad_() for t in (x, w)]
     loss = plain(*p)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.release
 ROOT = Path(__file__).parents[1]
 NOT_SHIPPED = {".gitignore", ".ci/run"}
 TOOLS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "cmake", "ninja", "make")

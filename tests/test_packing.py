@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import PASSAGES, family, pair, shared
-from test_train import losses, one_thread, step, trainer_of, without_dropout  # noqa: F401  two are fixtures
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from train_worker import make_trainer
@@ -30,9 +28,11 @@ from cosup.data.collate import IGNORE, GenCtxCollator
 from cosup.data.packing import first_fit, restarting_positions
 from cosup.model import GenCtxConfig, GenCtxModel
 from cosup.pretrained import check_packing, final_hidden_state
-from tiny import tiny_encoder, tiny_gen, tiny_instances, tiny_tokenizer
+from pairs import family, losses, pair, shared, step, without_dropout
+from tiny import tiny_encoder, tiny_gen, tiny_instances, tiny_passages, tiny_tokenizer
 
-INSTANCES = tiny_instances(12)
+pytestmark = pytest.mark.usefixtures("one_thread")
+INSTANCES, PASSAGES = tiny_instances(12), tiny_passages(12)
 _SIZE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, pad_token_id=None, bos_token_id=None, eos_token_id=0)  # fmt: skip
 
@@ -329,7 +329,7 @@ def test_a_model_that_packing_would_change_is_refused(make, reason, dtype):
         check_packing(make().to(dtype))
 
 
-def test_a_refusal_comes_before_training(trainer_of):  # noqa: F811
+def test_a_refusal_comes_before_training(trainer_of):
     with pytest.raises(ValueError, match="packing: .* got FalconH1ForCausalLM, where one sees the other"):
         trainer_of(shared(family("falcon_h1")), packing=True)
 
@@ -357,7 +357,7 @@ def test_positions_of_another_shape_are_told():
     ],
 )
 @pytest.mark.filterwarnings("ignore:negatives do not accumulate")
-def test_training_logs_the_same_losses(mode, options, trainer_of):  # noqa: F811
+def test_training_logs_the_same_losses(mode, options, trainer_of):
     """Both losses, held out too, retrieval and gradient norms, with rows of unequal numbers of targets and queries."""
     logs, rows = [], []
     for packing in (False, True):
@@ -384,7 +384,7 @@ def test_training_logs_the_same_losses(mode, options, trainer_of):  # noqa: F811
 
 
 @pytest.mark.parametrize("size", [1, 2, 20])
-def test_micro_batches_of_packed_rows_give_the_gradients_of_the_whole(size, trainer_of):  # noqa: F811
+def test_micro_batches_of_packed_rows_give_the_gradients_of_the_whole(size, trainer_of):
     choices = dict(learn_temperature=True, max_length=256, pooling="last")
     models = [without_dropout(pair(**choices)).double() for _ in range(2)]
     whole, parted = (

@@ -350,9 +350,8 @@ def test_autocast(dtype):
     assert_no_less_exact(ours, plain, gradients(exact, **inputs))
 
 
-@pytest.mark.parametrize("head", ["plain", "soft cap"])
-def test_compiled_whole(head):
-    model, inputs = model_of(head), {**batch(), "use_cache": False}
+def test_compiled_whole():
+    model, inputs = model_of("soft cap"), {**batch(), "use_cache": False}
     wanted = gradients(model, **inputs)
     compiled = torch.compile(cosup.patch(model), fullgraph=True, backend="aot_eager")
     outputs = gradients(compiled, **inputs)

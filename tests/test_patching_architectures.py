@@ -1,4 +1,4 @@
-"""cosup.patch on the architectures of transformers: a sample of them, or all by --all-architectures."""
+"""cosup.patch on the architectures of transformers: a sample of them, and with --release all."""
 
 import pytest
 import torch
@@ -44,9 +44,8 @@ def test_a_sample(model_type):
     assert verdict.status == SAMPLE[model_type], verdict.reason
 
 
-def test_all(request):
-    if not request.config.getoption("--all-architectures"):
-        pytest.skip("a minute or two: pytest tests/test_patching_architectures.py --all-architectures")
+@pytest.mark.release
+def test_all():
     verdicts = survey()
     assert not [f"{name}: {verdict.reason}" for name, verdict in verdicts.items() if verdict.status == "wrong"]
     assert sum(verdict.status == "exact" for verdict in verdicts.values()) >= 150

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_model import pair
 
 from cosup import pools
 from cosup.data.schema import write_jsonl
 from cosup.data.wiki import WikiFiles
+from pairs import pair
 from tiny import tiny_instances, tiny_passages
 
 

@@ -3,21 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_info_nce import D, M, N, workspace
-from test_losses import DTYPES, check
 
 from cosup import info_nce
 from cosup import positives as module
+from oracles import DTYPES, D, M, N, bytes_for_pool, check, of_positives
 
+pytestmark = pytest.mark.usefixtures("narrow_slabs")
 IDS = torch.randint(20, (N,)), torch.randint(2, 20, (M,))  # ids 0 and 1: no positive
 LISTS = [torch.randperm(M)[: n % 5] for n in range(N)]
-
-
-@pytest.fixture(autouse=True)
-def narrow_slabs(monkeypatch):
-    monkeypatch.setattr("cosup.walk.LEAST_ROWS", {"cpu": 20, "cuda": 20})
-    monkeypatch.setattr("cosup.plan.SLAB_HEIGHT", 1)
-    monkeypatch.setattr("cosup.walk.STRIP", 256)
 
 
 def given(form, device="cpu"):
@@ -30,19 +23,6 @@ def given(form, device="cpu"):
     for n, row in enumerate(LISTS):
         positive[n, row] = True
     return {"positives": (start, torch.cat(LISTS).to(device))}, positive
-
-
-def formula(q, c, temperature, positive, pool, *, bias=None, weight=None, label_smoothing=0.0, reduction="mean"):
-    z = F.normalize(q, dim=1) @ F.normalize(c, dim=1).mT / temperature
-    z = z if bias is None else z + bias
-    if pool == "mean":
-        pooled = (z * positive).sum(1) / positive.sum(1).clamp(min=1)
-    else:
-        pooled = torch.where(positive.any(1)[:, None], z.masked_fill(~positive, float("-inf")), z).logsumexp(1)
-    loss = (1 - label_smoothing) * (z.logsumexp(1) - pooled) + label_smoothing * (z.logsumexp(1) - z.mean(1))
-    weight = (torch.ones_like(loss) if weight is None else weight.to(loss.dtype)) * positive.any(1)
-    loss = torch.where(positive.any(1), loss, 0.0) * weight
-    return loss if reduction == "none" else loss.sum() / weight.sum()
 
 
 def problem(dtype, device, positive):
@@ -61,9 +41,9 @@ def test_error(form, pool, reduction, strategy, dtype, device):
     query, candidates = problem(dtype, device, positive)
     bias, weight = torch.randn(M, device=device).to(dtype), torch.rand(N, device=device)
     more = {"label_smoothing": 0.1, "reduction": reduction}
-    options |= {"positives_pool": pool, "workspace_bytes": workspace(strategy, query, False), **more}
+    options |= {"positives_pool": pool, "workspace_bytes": bytes_for_pool(strategy, query, False), **more}
     check(lambda q, c, b: info_nce(q, c, candidate_bias=b, sample_weight=weight, temperature=0.3, **options),
-          lambda q, c, b: formula(q, c, 0.3, positive, pool, bias=b, weight=weight, **more),
+          lambda q, c, b: of_positives(q, c, 0.3, positive, pool, bias=b, weight=weight, **more),
           (query, candidates, bias))  # fmt: skip
 
 
@@ -124,7 +104,7 @@ def test_pairs_elsewhere_where_the_host_waits_for_nothing(monkeypatch):
     for devices in ({"cpu"}, set()):
         monkeypatch.setattr(module, "READ_BY_HOST", devices)
         for strategy in ("one block", "row blocks"):
-            loss = info_nce(*tensors, workspace_bytes=workspace(strategy, tensors[0], False) + (1 << 16), **options)
+            loss = info_nce(*tensors, workspace_bytes=bytes_for_pool(strategy, tensors[0], False) + (1 << 16), **options)
             results.append((loss, *torch.autograd.grad(loss, tensors)))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
@@ -137,7 +117,7 @@ def test_fullgraph():
 
     tensors = torch.randn(N, D, requires_grad=True), torch.randn(M, D, requires_grad=True)
     lists = given("lists")[0]["positives"]
-    want, got = loss(*tensors, *lists, *IDS), torch.compile(loss, fullgraph=True)(*tensors, *lists, *IDS)
+    want, got = loss(*tensors, *lists, *IDS), torch.compile(loss, fullgraph=True, backend="aot_eager")(*tensors, *lists, *IDS)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(value, tensors) for value in (got, want)))
 

@@ -44,6 +44,7 @@ def test_every_public_name_is_in_the_reference():
     assert len(NAMED) == len(set(NAMED))
 
 
+@pytest.mark.release
 def test_every_name_of_the_reference_has_its_entry(site):
     html = (site / "api.html").read_text()
     for name in NAMED:
@@ -67,6 +68,7 @@ def test_results_say_which_command_made_them(monkeypatch):
     assert report.environment()["command"] == "cosup bench info_nce"
 
 
+@pytest.mark.release
 def test_the_site_fetches_nothing(site):
     pages = [*site.rglob("*.html")]
     assert len(pages) > len([*(ROOT / "docs").glob("*.md")])  # and 404.html
@@ -76,6 +78,7 @@ def test_the_site_fetches_nothing(site):
         assert not FETCHED_BY_STYLE.findall(path.read_text()), path.name
 
 
+@pytest.mark.release
 def test_no_markup_is_left_over(site):
     """Roles of docstrings, fences with the tests' marks, and links out of docs/ are written for other readers."""
     for path in site.glob("*.html"):

@@ -1,45 +1,53 @@
-"""CoSupTrainer in two processes does what one does with the batches of both; started as users do, by torchrun."""
+"""CoSupTrainer in two processes does what one does with the batches of both."""
 
-import os
+import functools
 import subprocess
 import sys
 
 import pytest
+import ranks
 import torch
 import train_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORLD = 2
 NSP, QUERIES = 2, 4  # of a row
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums are split by threads
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def several(tmp_path_factory):
-    """What each run gave, rank by rank. All runs are of one launch: it is the imports that take the time."""
-    folder = tmp_path_factory.mktemp("several")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-    process = subprocess.Popen(
-        [*command, train_ranks.__file__, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=150)
-    finally:
-        process.terminate()  # and with it its processes
-    assert process.returncode == 0, output
-    return lambda name: [torch.load(folder / f"{name}.{rank}", weights_only=False) for rank in range(WORLD)]
+def started():
+    """Processes for all runs; others where one has failed."""
+    held = []
+
+    def start():
+        if not held or not held[-1].is_alive:
+            held.append(ranks.Started(WORLD))
+        return held[-1]
+
+    yield start
+    for processes in held:
+        processes.end()
 
 
 @pytest.fixture
-def alone(tmp_path):
-    return lambda name: train_ranks.RUNS[name](tmp_path, 1)
+def several(started, tmp_path):
+    """What a run gave, rank by rank."""
+
+    def run(name):
+        started().run(train_ranks.save, name, tmp_path)
+        return results(name, tmp_path)
+
+    return run
+
+
+def results(name, folder):
+    return [torch.load(folder / f"{name}.{rank}", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What a run gave in one process; made once."""
+    return functools.cache(lambda name: train_ranks.RUNS[name](tmp_path_factory.mktemp("alone"), 1))
 
 
 def assert_same(several, alone):
@@ -55,13 +63,13 @@ def assert_same(several, alone):
 def test_the_loss_over_ranks_is_that_of_all_rows(several, alone):
     """Each rank has the loss, and the gradients of its rows; those of the head are summed."""
     wanted, (*of_rows, of_head), counts = alone("loss")
-    results = several("loss")
-    for losses, _, _ in results:
+    found = several("loss")
+    for losses, _, _ in found:
         torch.testing.assert_close(losses, wanted)
-    for gradients, want in zip(zip(*(grads[:3] for _, grads, _ in results), strict=True), of_rows, strict=True):
+    for gradients, want in zip(zip(*(grads[:3] for _, grads, _ in found), strict=True), of_rows, strict=True):
         torch.testing.assert_close(torch.cat(gradients), want)
-    torch.testing.assert_close(sum(grads[3] for _, grads, _ in results), of_head)
-    assert [sum(ours) for ours in zip(*(here for _, _, here in results), strict=True)] == counts
+    torch.testing.assert_close(sum(grads[3] for _, grads, _ in found), of_head)
+    assert [sum(ours) for ours in zip(*(here for _, _, here in found), strict=True)] == counts
 
 
 @pytest.mark.parametrize("name", ["joint", "nsp", "ntp", "paper", "accumulated"])
@@ -72,6 +80,13 @@ def test_a_step_of_several_is_the_step_of_one(name, several, alone):
     assert_same(several(name), whole)
     trained = {part for part, moved in whole["moved"].items() if moved.norm() > 1e-3}
     assert trained == ({"gen"} if name == "ntp" else {"gen", "ctx", "projection", "log_temperature"})
+
+
+@pytest.mark.release
+def test_as_users_start_it(alone, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    subprocess.run([*command, train_ranks.__file__, str(tmp_path), "joint"], check=True, timeout=150)
+    assert_same(results("joint", tmp_path), alone("joint"))
 
 
 def test_a_rank_without_a_query_takes_part(several, alone):
@@ -96,9 +111,9 @@ def test_micro_batches_on_each_rank_give_the_gradients_of_the_whole(name, severa
 def test_further_candidates_count_once(name, several, alone):
     """Queue and extra passages: each vector once among all ranks, positives that come again left out."""
     whole = alone("further")
-    results = several(name)
-    assert_same(results, whole)
-    for result in results:
+    found = several(name)
+    assert_same(found, whole)
+    for result in found:
         torch.testing.assert_close(result["queue"], whole["queue"])
         assert len(result["queue"][1]) == 13
 
@@ -135,10 +150,10 @@ SHARDED = {
 @pytest.mark.filterwarnings("ignore:negatives do not accumulate")
 def test_sharded_weights_take_the_same_steps(name, several, alone):
     """FSDP2: each rank holds a part of all weights, and gathers those of a layer when it comes to it."""
-    results = several(name)
-    assert_same(results, alone(SHARDED[name]))
+    found = several(name)
+    assert_same(found, alone(SHARDED[name]))
     layers = [f"{part}.{i}" for part in ("gen.model.layers", "ctx.encoder.layer") for i in range(2)]
-    assert {*layers, ""} < set(results[0]["units"])
+    assert {*layers, ""} < set(found[0]["units"])
 
 
 @pytest.mark.parametrize("wrapped", ["", "sharded "])
@@ -152,12 +167,12 @@ def test_held_out_losses_do_not_depend_on_the_number_of_processes(name, wrapped,
 @pytest.mark.parametrize("name", ["resumed", "sharded resumed", "sharded resumed in parts"])
 def test_a_resumed_run_goes_on_bit_for_bit(name, several):
     """Its checkpoints are saved pairs."""
-    results = several(name)
-    for result in results:
-        assert result["logs"][0] == result["logs"][1] == results[0]["logs"][0]
+    found = several(name)
+    for result in found:
+        assert result["logs"][0] == result["logs"][1] == found[0]["logs"][0]
         assert [log["step"] for log in result["logs"][0]] == [3, 6]
         for kind in ("weights", "queue"):
-            for a, b, c in zip(*(each.values() for each in (*result[kind], results[0][kind][0])), strict=True):
+            for a, b, c in zip(*(each.values() for each in (*result[kind], found[0][kind][0])), strict=True):
                 assert torch.equal(a, b) and torch.equal(a, c)
         for tensor, weights in result["weights"][0].items():
             assert torch.equal(result["saved"][tensor], weights)
@@ -166,7 +181,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, several):
             kinds = ("optimizer_0", "pytorch_model_fsdp_0")
             parts = {f"checkpoint-7/{kind}/__{rank}_0.distcp" for kind in kinds for rank in range(WORLD)}
             assert weights == {"checkpoint-7/cosup_queue.safetensors", *parts}
-    assert not torch.equal(results[0]["random"], results[1]["random"])
+    assert not torch.equal(found[0]["random"], found[1]["random"])
 
 
 def test_a_checkpoint_in_parts_becomes_a_plain_folder(several):

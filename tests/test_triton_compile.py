@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+pytestmark = pytest.mark.release
 TARGETS = {  # the instructions that a fused product must have
     "cuda:80": ["HMMA"],
     "cuda:90": ["HGMMA", "UTMALDG"],

@@ -1,6 +1,6 @@
 """What test_train_ranks.py trains: in one process by a call, in several as a script, which writes down what came out.
 
-torchrun --nproc-per-node 2 tests/train_ranks.py FOLDER      FOLDER/NAME.RANK for each run below
+torchrun --nproc-per-node 2 tests/train_ranks.py FOLDER NAME      FOLDER/NAME.RANK, of one of the runs below
 """
 
 import os
@@ -122,6 +122,8 @@ def loss(folder: Path, world: int) -> tuple:
     labels[:, :3], labels[0] = -100, -100
     group = None
     if world > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
         group, first = dist.group.WORLD, dist.get_rank() == 0
         cuts = (slice(3), slice(1), slice(2)) if first else (slice(3, 5), slice(1, 4), slice(2, 7))
         hidden, labels, query, target, passages = (
@@ -194,7 +196,7 @@ def resumed(config: type[CoSupConfig] = CoSupConfig, **options):
 
     def run(folder: Path, world: int) -> dict:
         runs = [make_trainer(folder, **options) for _ in range(2)]
-        free = [1 << 30, 1 << 18] if runs[0].args.process_index else [1 << 18, 1 << 30]
+        free = [1 << 30, 1 << 20] if runs[0].args.process_index else [1 << 20, 1 << 30]
         with machine(free[0]):
             runs[0].train()
         with machine(free[1]):
@@ -276,13 +278,15 @@ RUNS = {
 }
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def save(name: str, folder: Path) -> None:
+    """What a run gives on this rank, in a file."""
     warnings.simplefilter("ignore")
     rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    for name, run in RUNS.items():
-        if len(sys.argv) > 2 and sys.argv[2] not in name:
-            continue
-        torch.save(run(Path(sys.argv[1], f"run {name}"), world), Path(sys.argv[1], f"{name}.{rank}"))
+    torch.save(RUNS[name](folder / f"run {name}", world), folder / f"{name}.{rank}")
     dist.barrier()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    save(sys.argv[2], Path(sys.argv[1]))
     os._exit(0)  # gloo's threads may abort a process that unwinds

@@ -28,7 +28,10 @@ else:
 
 ROOT = Path(__file__).parents[1]
 IMPORTED = ["pytest", "hypothesis", "triton", "transformers.trainer", "torch.distributed.tensor"]
-NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site", "demo", "cosup-bench")
+NOT_COPIED = shutil.ignore_patterns(
+    ".git", ".venv", ".gpu", ".*_cache", ".hypothesis", ".benchmarks", "__pycache__", "*.egg-info", "build", "dist",
+    "demo", "cosup-bench",
+)  # fmt: skip
 LONGEST = 90  # seconds of a test: ranks that wait for each other would do so for ever
 # Python finds the packages of the copy before those that are installed
 FINDER = """
@@ -77,6 +80,8 @@ class Tree:
         self.root, self.site, self.log = folder / "tree", folder / "site", folder / "log"
         self.temporary = folder / "temporary"
         shutil.copytree(ROOT, self.root, ignore=NOT_COPIED)
+        if (ROOT / ".git").exists():  # what is there is what git knows
+            subprocess.run("git init --quiet && git add --all", shell=True, check=True, cwd=self.root)
         self.site.mkdir()
         (self.site / "sitecustomize.py").write_text(FINDER % f"{self.root}/")
         self.passed: set[str] = set()  # without a bug

@@ -1,5 +1,6 @@
 """InfoNCELoss for sentence-transformers: value and gradients of the library's own losses, on a tiny random model."""
 
+import builtins
 import copy
 import functools
 import itertools
@@ -191,6 +192,8 @@ def test_duplicates_are_masked(mini_batch_size, padding_side, folder):
 
 def in_processes(rank, world, *, folder):
     """Each has texts of its own, not equally many, under the trainer's wrapper: as one process with them all."""
+    real = hash
+    builtins.hash = lambda value: real((rank, value))  # processes that are no forks of one have secrets of their own
     sizes = [5, 3]
     masked = {"mask_duplicates": True}
     for options, mini_batch_size in itertools.product(({}, SYMMETRIC, OF_PAIRS["both"], masked), (None, 2)):

@@ -12,7 +12,7 @@ BACKENDS = ["reference", *(["native"] if native.AVAILABLE else []), "triton"]  #
 N, M, D = 65, 130, 33
 
 
-def check(loss, plain, inputs, exact_inputs=None):
+def check(loss, plain, inputs):
     """Value and gradients of ``loss`` against float64 ``plain``; the budget is twice the error of ``plain`` itself."""
 
     def run(function, tensors):

@@ -1,8 +1,7 @@
 """Generation: the kept cache changes no token, passages go where they were asked for, text comes out whole."""
 
-from itertools import chain
-
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch

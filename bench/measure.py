@@ -86,7 +86,6 @@ def measure(
                         if host and key == "seconds":
                             rows[name].setdefault("host_seconds", []).append(host)
     _measure_errors(problem, losses, rows, until)
-    gc.unfreeze()
     return list(rows.values())
 
 

@@ -18,16 +18,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch
 from hypothesis import settings
 
+gc.disable()  # until all is imported, which makes no garbage
 HAS_GPU = torch.cuda.is_available()
 os.environ.setdefault("TRITON_INTERPRET", str(int(not HAS_GPU)))  # before anything imports triton
 if os.environ["TRITON_INTERPRET"] == "1":
     import interpreter
 
     interpreter.patch_once_a_launch()
+    interpreter.look_dtypes_up_once()
 # by the process that those of the tests are forked from
 IMPORTED = ["cosup.bench.gpu.preload", "cosup.train", "torch.distributed.tensor"]
 # files whose tests share what takes long to make
-SHARING = {"gpu_campaign", "milvus", "packaging", "patching_ranks", "site", "triton_compile"}
+SHARING = {"gpu_campaign", "milvus", "packaging", "patching_ranks", "site", "train_ranks", "triton_compile"}
 settings.register_profile("quick", max_examples=60)
 settings.register_profile("nightly", max_examples=500)
 settings.load_profile("quick")  # pytest --hypothesis-profile nightly asks for the other
@@ -84,6 +86,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish():
     gc.freeze()  # what is imported stays: each collection of the garbage would look through it all, 0.2 s of a test
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -39,10 +39,23 @@ def write_lines(path: Path, *lines: object) -> Path:
 def test_what_is_written_is_read_again(tmp_path) -> None:
     odd = Passage("ü 1", "", 'line\u2028separator, quote " and [Ret]')
     passages = {**PASSAGES, odd.id: odd}
-    write_jsonl(tmp_path / "new" / "passages.jsonl", passages.values())
+    path = tmp_path / "new" / "folder" / "passages.jsonl"
+    write_jsonl(path, passages.values())
     write_jsonl(tmp_path / "instances.jsonl", tiny_instances(12))
-    assert read_passages(tmp_path / "new" / "passages.jsonl") == passages
+    assert read_passages(path) == passages
     assert read_instances(tmp_path / "instances.jsonl", passages) == tiny_instances(12)
+    assert '"ü 1"'.encode() in path.read_bytes()  # text that a reader reads
+    assert path.stat().st_mode & 0o777 == 0o644  # of all, as a file that is not temporary
+
+
+def test_a_file_is_made_beside_its_place(tmp_path) -> None:
+    """Where it can be moved from as a whole: another folder may be another disk."""
+
+    def passages():
+        yield PASSAGES["p1"]
+        assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+
+    write_jsonl(tmp_path / "passages.jsonl", passages())
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path) -> None:
@@ -68,6 +81,7 @@ def test_short_forms(tmp_path) -> None:
     plain, referenced = read_instances(path, PASSAGES)
     assert plain == Instance("a", "?", ("just text",))
     assert referenced.passages == ("p2", "p1")
+    assert read_passages(write_lines(path, {"id": "p", "text": "x"})) == {"p": Passage("p", "", "x")}
 
 
 GOOD_INSTANCE = {"id": "q", "input": "?", "output": [{"passage": "p1", "grounded": "x"}]}
@@ -78,6 +92,7 @@ GOOD_INSTANCE = {"id": "q", "input": "?", "output": [{"passage": "p1", "grounded
     [
         ('{"id": "p"', "delimiter"),
         ("[1]", "wanted a JSON object, got list"),
+        pytest.param("[" * 100_000, "wanted an object, got one nested too deeply", id="deep"),
         ({"title": "t", "text": "x"}, "id: wanted a string, got no such field"),
         ({"id": 3, "text": "x"}, "id: wanted a string, got int"),
         ({"id": "p", "title": None, "text": "x"}, "title: wanted a string, got NoneType"),
@@ -111,6 +126,7 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path) -> None:
         ({"output": [7]}, "output: wanted strings and references, got int"),
         ({"output": [{"passage": "p1", "grounded": 1}]}, "grounded: wanted a string, got int"),
         ({"output": [{"passage": "p1"}, "y"]}, "output: wanted nothing after a reference without grounded text"),
+        ({"output": ["x", {"passage": "p1"}, "y"]}, "output: wanted nothing after a reference without grounded text"),
         ({"input": None}, "input: wanted a string, got NoneType"),
         ({"answers": "hat"}, "answers: wanted a list of strings, got str"),
         ({"passages": [1]}, "passages: wanted a list of strings, got list"),
@@ -126,8 +142,9 @@ def test_a_bad_instance_line_is_named(tmp_path, change, message) -> None:
 def test_skipping_counts_and_gives_up_over_one_percent(tmp_path) -> None:
     lines = [{"id": str(i), "text": "x"} for i in range(99)]
     path = write_lines(tmp_path / "p.jsonl", "broken", *lines)
-    with pytest.warns(UserWarning, match=r"skipped 1 of 100 lines; the first: .*p\.jsonl:1: "):
+    with pytest.warns(UserWarning, match=r"skipped 1 of 100 lines; the first: .*p\.jsonl:1: ") as told:
         assert len(read_passages(path, on_bad_line="skip")) == 99
+    assert told[0].filename == __file__  # the caller's
     write_lines(path, "broken", *lines[:98])
     with pytest.raises(ValueError, match=r"1 of 99 lines are bad, more than 1%; the first: .*p\.jsonl:1: "):
         read_passages(path, on_bad_line="skip")
@@ -245,6 +262,14 @@ def test_every_query_points_at_its_passage_and_every_loss_is_counted(picks, uniq
 
 def pairs(batch) -> list[tuple[int, int]]:
     return list(zip(batch["query_index"].tolist(), batch["query_target"].tolist(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:a row of")
+def test_a_query_is_kept_with_its_token() -> None:
+    instances = tiny_instances(1)
+    place = int(collator()(instances)["query_index"][0])
+    for max_length, kept in ((place, []), (place + 1, [place])):
+        assert collator(max_length=max_length)(instances)["query_index"].tolist() == kept
 
 
 def test_the_first_cut_is_warned_of_once() -> None:

@@ -83,6 +83,7 @@ def _be_rank(rank, world, port):
 
 def _serve(rank, world, port, end):
     _be_rank(rank, world, port)
+    environment = dict(os.environ)
     while True:
         task, arguments = end.recv()
         try:
@@ -91,6 +92,8 @@ def _serve(rank, world, port, end):
             end.send(traceback.format_exc())
         else:
             end.send(None)
+        os.environ.clear()  # a trainer that shards says so there, to all that come after
+        os.environ.update(environment)
 
 
 def _script(rank, path, world, port, arguments):

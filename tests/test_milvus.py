@@ -63,8 +63,14 @@ def restarted(uri: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def built(uri) -> MilvusIndex:
-    return build(uri, "built")
+def stored(uri) -> str:
+    return build(uri, "built").collection
+
+
+@pytest.fixture
+def built(uri, stored) -> MilvusIndex:
+    """Connected anew: another test may have ended the server."""
+    return MilvusIndex.connect(uri, stored, None)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -332,6 +338,7 @@ def test_bad_queries(uri, built, queries, k, message, monkeypatch):
         MilvusIndex.connect(uri, "built", None).search(queries, k)
 
 
+@pytest.mark.usefixtures("stored")
 @pytest.mark.parametrize("name", ["", "a-b", "1st", "été", "a b", "a" * 256, "a\n"])
 def test_bad_names(uri, name):
     for make in (lambda: build(uri, name), lambda: MilvusIndex.connect(uri, name, None)):

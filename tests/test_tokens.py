@@ -163,6 +163,19 @@ def test_missing_tokens_are_named() -> None:
     add_control_tokens(endless)
     with pytest.raises(ValueError, match="eos"):
         control_ids(endless)
+    unpadded = tiny_tokenizer()
+    add_control_tokens(unpadded)
+    unpadded.pad_token = None
+    with pytest.raises(ValueError, match=r"got none for \['<PAD>'\]"):
+        control_ids(unpadded)
+
+
+def test_a_tokenizer_may_know_no_letter() -> None:
+    """Of others' scripts: it has no frame to be seen, and text that it knows is read."""
+    backend = Tokenizer(models.BPE({"\u05d0": 0, "</s>": 1}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    add_control_tokens(tokenizer)
+    assert passage_ids(tokenizer, "", "\u05d0\u05d0", 8) == [0, 0]
 
 
 def test_rows_begin_and_end_as_the_tokenizer_is_used_to() -> None:
@@ -179,6 +192,7 @@ def test_a_passage_is_cut_but_keeps_its_frame() -> None:
     whole = passage_ids(bert, "hat", "a b c d e f", 64, append_embed_token=True)
     cut = passage_ids(bert, "hat", "a b c d e f", 8, append_embed_token=True)
     assert len(cut) == 8 and cut[:6] == whole[:6] and cut[6:] == [bert.sep_token_id, embed] == whole[-2:]
+    assert passage_ids(bert, "hat", "a", 4, append_embed_token=True) == [cut[0], cut[1], *cut[6:]]
     with pytest.raises(ValueError, match="max_length: wanted more than 3, got 3"):
         passage_ids(bert, "hat", "a", 3, append_embed_token=True)
 

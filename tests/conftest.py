@@ -40,7 +40,7 @@ def pytest_addoption(parser):
     group.addoption("--release", action="store_true", help="also what only a release can break: packages, the site, "
                     "kernels compiled for six targets, all architectures of transformers")  # fmt: skip
     group.addoption("--planted", action="store_true", help="in place of the tests, the planted bugs that they catch")
-    group.addoption("--seconds", type=float, default=float("inf"), help="--planted: begin no bug after so many")
+    group.addoption("--seconds", type=float, default=float("inf"), help="--planted: end after so many")
     group.addoption("--seed", type=int, default=0, help="--planted: of the order in which they are begun")
 
 
@@ -91,7 +91,8 @@ def pytest_collection_finish():
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--planted"):
-        left_out = [report.nodeid.partition("[")[2] for report in terminalreporter.stats.get("skipped", [])]
+        skipped = [report.nodeid.partition("[")[2] for report in terminalreporter.stats.get("skipped", [])]
+        left_out = [name for name in skipped if name]
         terminalreporter.section(f"planted bugs, seed {config.getoption('--seed')}: {len(left_out)} left out")
         terminalreporter.line("; ".join(name.rpartition("]")[0] for name in sorted(left_out)))
 

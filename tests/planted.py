@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -74,9 +75,10 @@ def bugs() -> list[Bug]:
 
 
 class Tree:
-    """A copy of the tree, with one bug at a time."""
+    """A copy of the tree, with one bug at a time, until a reading of ``time.monotonic``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, until: float) -> None:
+        self.until = until
         self.root, self.site, self.log = folder / "tree", folder / "site", folder / "log"
         self.temporary = folder / "temporary"
         shutil.copytree(ROOT, self.root, ignore=NOT_COPIED)
@@ -88,6 +90,7 @@ class Tree:
 
     def catches(self, bug: Bug) -> bool:
         """Whether the bug's test fails with it, and without it passes."""
+        self.leave_out_if_late()
         with self.having(bug):
             if self.passes(bug.caught_by):
                 return False
@@ -95,6 +98,10 @@ class Tree:
             assert self.passes(bug.caught_by), f"{bug.caught_by} fails without a bug:\n{self.log.read_text()[-3000:]}"
             self.passed.add(bug.caught_by)
         return True
+
+    def leave_out_if_late(self) -> None:
+        if time.monotonic() > self.until:
+            pytest.skip("no time left")
 
     @contextmanager
     def having(self, bug: Bug) -> Iterator[None]:
@@ -115,10 +122,11 @@ class Tree:
         """Whether the tests pass; where they neither pass nor fail, as where none is selected, an AssertionError."""
         process = multiprocessing.get_context("forkserver").Process(target=_run, args=(self, caught_by))
         process.start()
-        process.join(LONGEST)
+        process.join(min(LONGEST, max(0, self.until - time.monotonic())))
         if process.exitcode is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.join()
+            self.leave_out_if_late()
             return False
         ended = {0: True, 1: False}.get(process.exitcode)
         assert ended is not None, f"{caught_by}: {process.exitcode}\n{self.log.read_text()[-3000:]}"

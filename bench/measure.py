@@ -64,7 +64,7 @@ def measure(
             runs[name]["dense_seconds"] = partial(gradients, loss, x, w, dense)
 
     gc.collect()
-    gc.freeze()  # collected before every time, without another walk over all that is loaded by now
+    gc.freeze()  # for good: collected before every time, without another walk over all that is loaded by now
     rows: dict[str, dict[str, Any]] = {}
     for name, passes in runs.items():
         row = rows[name] = {"method": name, "failed": None, "peak_bytes": None} | {key: [] for key in passes}

@@ -26,6 +26,7 @@ if os.environ["TRITON_INTERPRET"] == "1":
 
     interpreter.patch_once_a_launch()
     interpreter.look_dtypes_up_once()
+    interpreter.make_types_once()
 # by the process that those of the tests are forked from
 IMPORTED = ["cosup.bench.gpu.preload", "cosup.train", "torch.distributed.tensor"]
 # files whose tests share what takes long to make

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cosup import walk
@@ -109,7 +109,12 @@ def test_a_budget_that_nobody_gave_is_never_refused(n, m, cost, known, budget):
     assert budget <= room <= max(budget, min(2 * least, max(4 * budget, least + budget)))  # a part of what is free
 
 
+WIDE_MOVES = Moves(features=768, item=2, tile=4, few=0, gathered=False, counted=False, rounded=False,
+                   symmetric=False, of_x=768, of_w=768, rates=RATES["cuda", 2])  # fmt: skip
+
+
 @given(st.integers(1, 10**5), st.integers(1, 10**5), costs, moves, st.booleans(), st.integers(1 << 20, 1 << 34))
+@example(2048, 50257, WIDE, WIDE_MOVES, True, 100 << 20)  # slabs fit too, and would take longer than whole rows
 def test_blocks_are_those_that_take_the_least_time(n, m, cost, moves, known, budget):
     """No more than by the count of rows, whose plan is one of the two that are compared."""
     options = {"grads": True, "weights_known": known, "workspace_bytes": enough(n, m, cost, True, budget)}

@@ -70,7 +70,8 @@ def test_wrong_lines_alone_fail_a_campaign(run):
 
 
 def test_stages_of_times_run_alone_and_the_others_side_by_side(run):
-    _, lines = run(stage("right.a", 6.0, alone=False), stage("right.b", 6.0, alone=False), stage("right.c", 0.5))
+    """Where two may run, the third could begin when the first has ended."""
+    _, lines = run(stage("right.a", 4.0, alone=False), stage("right.b", 8.0, alone=False), stage("right.c", 0.5))
     spans = {line["stage"]: (line["began"], line["ended"]) for line in lines if line.get("name") == "times"}
     a, b, c = (spans[f"right.{name}"] for name in "abc")
     assert max(a[0], b[0]) < min(a[1], b[1]) and c[0] > max(a[1], b[1]) and spans["right"][0] > c[1]

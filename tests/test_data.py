@@ -1,5 +1,7 @@
 """JSONL in, batches out: bad lines are named, targets stand where they should, nothing is lost uncounted."""
 
+import dataclasses
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -9,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosup.data.collate import IGNORE, GenCtxCollator
+from cosup.data.collate import IGNORE, GenCtxCollator, micro_batches
 from cosup.data.schema import Instance, Passage, Reference, read_instances, read_passages, write_jsonl
+from cosup.model import GenCtxConfig
 from cosup.tokens import add_control_tokens, control_ids, encode, passage_text, prompt_ids
 from tiny import tiny_instances, tiny_passages, tiny_tokenizer
 
@@ -162,6 +165,7 @@ INSTANCE = Instance(
 @pytest.mark.parametrize("passage_in_ntp", [False, True])
 def test_a_row_is_laid_out_and_labelled_as_specified(passage_in_ntp) -> None:
     batch = collator(passage_in_ntp=passage_in_ntp, max_passage_length=20)([INSTANCE])
+    assert "position_ids" not in batch  # rows are not packed
     expected: list[tuple[int, bool]] = [(i, False) for i in prompt_ids(TOKENIZER, "Which?")]
     for part in INSTANCE.output:
         if isinstance(part, str):
@@ -281,6 +285,34 @@ def test_the_first_cut_is_warned_of_once() -> None:
         cutting(tiny_instances(4))
 
 
+def test_targets_beyond_the_length_of_a_passage_are_counted() -> None:
+    cutting, passages = collator(passage_in_ntp=True, max_passage_length=20), (PASSAGES["p1"], PASSAGES["p2"])
+    lost = [max(0, len(ids(passage_text(passage.title, passage.text))) - 20) for passage in passages]
+    cutting([INSTANCE])
+    cutting([INSTANCE])
+    assert all(lost) and cutting.report()["targets_lost"] == 2 * sum(lost)
+
+
+def test_a_collator_is_by_default_that_of_a_pair() -> None:
+    defaults = {p.name: p.default for p in inspect.signature(GenCtxCollator).parameters.values()}
+    names = {field.name for field in dataclasses.fields(GenCtxConfig)} & {*defaults}
+    assert names == {"max_length", "max_passage_length", "passage_in_ntp", "unique_passages"}
+    assert all(defaults[name] == getattr(GenCtxConfig(), name) for name in names)
+
+
+def test_micro_batches_hold_no_padding_that_none_of_them_needs() -> None:
+    long, short = (Instance(name, name, (Reference(name, name),)) for name in ("long " * 9, "short"))
+    passages = {instance.id: Passage(instance.id, "", instance.id) for instance in (long, short)}
+    batch = GenCtxCollator(TOKENIZER, TOKENIZER, passages)([short, long])
+    first, second = micro_batches(batch, 1)
+    for name in ("input_ids", "attention_mask", "labels", "passage_input_ids", "passage_attention_mask"):
+        assert torch.equal(second[name], batch[name][1:]) and first[name].shape[1] < batch[name].shape[1]
+        assert torch.equal(first[name], batch[name][:1, : first[name].shape[1]])
+    assert first["attention_mask"].all() and first["passage_attention_mask"].all()
+    with pytest.raises(ValueError, match="size: wanted at least 1, got 0"):
+        micro_batches(batch, 0)
+
+
 def test_a_batch_without_retrieval_has_empty_candidates() -> None:
     batch = collator()([Instance("a", "?", ("text",)), Instance("b", "?", ("other text",))])
     shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
@@ -303,8 +335,9 @@ def test_no_text_of_an_instance_or_passage_places_a_control_token(question, text
 
 
 def test_bad_calls_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_length: wanted at least 1, got 0"):
-        collator(max_length=0)
+    for name in ("max_length", "max_passage_length"):
+        with pytest.raises(ValueError, match=f"^{name}: wanted at least 1, got 0"):
+            collator(**{name: 0})
     with pytest.raises(ValueError, match="control tokens"):
         GenCtxCollator(tiny_tokenizer(), TOKENIZER, PASSAGES)
     with pytest.raises(ValueError, match="instances: wanted at least one, got none"):

@@ -29,7 +29,7 @@ from cosup.checks import (
     check_vector,
 )
 from cosup.direct import call
-from cosup.distributed import SumOverRanks, sizes_of_ranks
+from cosup.distributed import LossOfRanks, SumOverRanks, sizes_of_ranks
 from cosup.distributed import gather as gather_rows
 from cosup.positives import POOLS
 from cosup.softmax import RowStats, softmax_nll, weights_known
@@ -180,7 +180,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         row_id = col_id = None  # where ids say what is positive they leave out nothing
         pool = pool._replace(target=torch.zeros_like(pool.target))
         some = pairs[0].diff() > 0
-        weight = some.to(dtype) if weight is None else weight * some
+        weight = some.to(dtype) if weight is None else weight.masked_fill(~some, 0.0)
     once = reduction  # of the rows here
     if process_group is not None and reduction == "mean":
         weight = torch.ones_like(pool.target, dtype=dtype) if weight is None else weight
@@ -197,7 +197,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     if pairs is not None and return_stats:
-        stats = RowStats(*(f * some for f in stats))
+        stats = RowStats(*(f.masked_fill(~some, 0) for f in stats))
     if later:
         place: Tensor | None = None
         groups: list[tuple[Tensor, Tensor]] = []
@@ -219,12 +219,12 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         lse_NG, entropy_NG = (torch.cat(parts, 1) for parts in zip(*groups, strict=True))
         more, stats = _with_further_negatives(stats, lse_NG, entropy_NG, place)
         weight = torch.ones_like(more) if weight is None else weight
-        loss = loss + (weight / 2 if symmetric else weight) * more
+        loss = loss + ops.weighted(weight / 2 if symmetric else weight, more)
         if once != "none":
             total = weight.sum()
             loss = loss.sum() / (torch.where(total == 0, 1.0, total) if once == "mean" else 1.0)
     if process_group is not None and reduction != "none":
-        loss = loss + (SumOverRanks.apply(loss.detach(), process_group) - loss.detach())
+        loss = LossOfRanks.apply(loss, process_group)
     return (loss, RowStats(*(f.detach() for f in stats))) if return_stats else loss
 
 
@@ -296,9 +296,10 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
     operands = (pool.query, pool.candidates, pool.target, known, scale, shift, pool.query_ids, pool.candidate_ids)
     loss, *_ = call(ops.sigmoid_loss, *operands, *end)
     if known is None:
-        loss = weight * loss if reduction == "none" else (weight * loss).sum()
+        loss = ops.weighted(weight, loss)
+        loss = loss if reduction == "none" else loss.sum()
     if process_group is not None and reduction != "none":
-        loss = loss + (SumOverRanks.apply(loss.detach(), process_group) - loss.detach())
+        loss = LossOfRanks.apply(loss, process_group)
     return loss
 
 
@@ -498,7 +499,7 @@ def _with_further_negatives(stats: RowStats, lse_NG: Tensor, entropy_NG: Tensor,
                             place: Tensor | None) -> tuple[Tensor, RowStats]:  # fmt: skip
     """What further groups of logits add to each row's loss, and the statistics with them."""
     lse_NG = lse_NG.clamp(min=torch.finfo(lse_NG.dtype).min / 4)  # of nothing: no NaN in its gradient
-    more = F.softplus(lse_NG.logsumexp(1) - stats.lse)
+    more = -F.logsigmoid(stats.lse - lse_NG.logsumexp(1))
     lse, nll = stats.lse + more, stats.nll + more
     lse_NG = torch.cat([stats.lse[:, None], lse_NG], 1)
     entropy_NG = torch.cat([stats.entropy[:, None], entropy_NG], 1)

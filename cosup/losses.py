@@ -23,7 +23,7 @@ from cosup.checks import (
     check_vector,
 )
 from cosup.contrastive import info_nce
-from cosup.distributed import SumOverRanks
+from cosup.distributed import LossOfRanks, SumOverRanks
 from cosup.softmax import RowStats, softmax_nll
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         loss = sum_n token_weight[n] loss[n]          over rows not ignored
 
     Same value and gradients as ``F.cross_entropy(z, target, weight, label_smoothing=s)``. ``"mean"`` divides by
-    sum_n token_weight[n] c[target[n]], or by 1 where that is 0. With no row left the loss and its gradients are 0.
+    sum_n token_weight[n] c[target[n]], or by 1 where that is 0. With no row left the loss and its gradients are 0, by
+    whatever the loss is divided later. A row of weight 0 counts for nothing, even if its loss is infinite.
 
     Args:
         input: [..., D]; float32, bfloat16, float16 or float64. Under autocast it and the head take autocast's dtype.
@@ -196,8 +197,8 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
         labels: [B, T] int64, not shifted, -100 where there is no target.
         query: [Q, D], Gen's state at each retrieval token.
         candidates: [P, D], passages by Ctx; ``target`` [Q], ``candidate_ids`` [P]: as in :func:`info_nce`.
-        ntp_normalizer, nsp_normalizer: Targets and queries of the whole accumulated batch, of all ranks; None: of this
-            one, on all ranks.
+        ntp_normalizer, nsp_normalizer: Targets and queries of the whole accumulated batch, of all ranks (1 for 0 of
+            them); None: of this one, on all ranks.
         process_group, gather: Each of its ranks has a batch of its own, and ``gather`` says which candidates a query
             sees: as in :func:`info_nce`. Both losses are over all ranks' rows and come out on every rank, with the
             gradients of what is here: their sum over ranks, not their mean, is a parameter's. Counts and statistics
@@ -216,37 +217,39 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
         raise ValueError(f"want hidden [B, T, D] and labels [B, T], got {[*hidden.shape]} and {[*labels.shape]}")
     ntp_count = (labels[:, 1:] != -100).sum()
-    ntp_loss, nsp_loss = _nothing(hidden, linear_weight, linear_bias), _nothing(query, candidates, temperature)
-    nsp_stats = None
+    ntp_loss, no_queries = _nothing(hidden, linear_weight, linear_bias), _nothing(query, candidates, temperature)
+    nsp_loss, nsp_stats = no_queries, None
     if process_group is not None and (ntp_normalizer is None or nsp_normalizer is None):
         counts = SumOverRanks.apply(torch.stack([ntp_count, ntp_count.new_tensor(len(query))]), process_group)
         ntp_normalizer = counts[0] if ntp_normalizer is None else ntp_normalizer
-        nsp_normalizer = counts[1].clamp(min=1) if nsp_normalizer is None else nsp_normalizer
+        nsp_normalizer = counts[1] if nsp_normalizer is None else nsp_normalizer
     if mode != "nsp":
         ntp_sum = linear_cross_entropy(hidden, linear_weight, labels, linear_bias=linear_bias, reduction="sum", shift=1,
                                        logit_scale=logit_scale, logit_softcap=logit_softcap,
                                        workspace_bytes=workspace_bytes)  # fmt: skip
         assert isinstance(ntp_sum, Tensor)
         normalizer = ntp_count if ntp_normalizer is None else ntp_normalizer
-        ntp_loss = ntp_loss + ntp_sum / torch.as_tensor(normalizer, device=hidden.device).clamp(min=1)
+        ntp_loss = ntp_loss + ntp_sum / _at_least_one(normalizer, hidden)
         if process_group is not None:
-            elsewhere = SumOverRanks.apply(ntp_loss.detach(), process_group) - ntp_loss.detach()
-            ntp_loss = ntp_loss + elsewhere
+            ntp_loss = LossOfRanks.apply(ntp_loss, process_group)
     if mode != "ntp" and (len(query) or process_group is not None):
         nsp_sum, nsp_stats = info_nce(query, candidates, target, temperature=temperature, normalize=normalize,
                                       candidate_ids=candidate_ids, reduction="sum", return_stats=True,
                                       process_group=process_group, gather=gather,
                                       workspace_bytes=workspace_bytes)  # fmt: skip
-        nsp_loss = nsp_sum / (len(query) if nsp_normalizer is None else nsp_normalizer)
-    loss = ntp_loss + nsp_weight * nsp_loss
+        nsp_loss = nsp_sum / _at_least_one(len(query) if nsp_normalizer is None else nsp_normalizer, query)
+    loss = ntp_loss + (nsp_weight * nsp_loss if nsp_weight else no_queries)
     return CoSupervisionOutput(loss, ntp_loss, nsp_loss, ntp_count, len(query), nsp_stats)
+
+
+def _at_least_one(count: float | Tensor, like: Tensor) -> Tensor:
+    return torch.as_tensor(count, device=like.device).clamp(min=1)
 
 
 def _nothing(*parts: Tensor | float | None) -> Tensor:
     """0, connected to every tensor: whoever waits for a gradient of each gets one."""
     tensors = [part for part in parts if isinstance(part, Tensor)]
-    zeros = [0 * (t[:0] if t.ndim else t).sum(dtype=torch.float32) for t in tensors]
-    return torch.stack(zeros).sum()
+    return torch.stack([(t if t.ndim else t.reshape(1))[:0].sum(dtype=torch.float32) for t in tensors]).sum()
 
 
 class _Head(NamedTuple):

@@ -77,7 +77,7 @@ class MatryoshkaLoss(nn.Module):
         weights: Of each prefix's loss; None: 1 for all.
 
     Raises:
-        ValueError: No prefixes, one longer than the vectors or without a number, or not as many weights.
+        ValueError: No prefixes, one longer than the vectors or without a number, not as many weights, or all 0.
 
     Source: Kusupati et al. 2022, arXiv:2205.13147.
     """
@@ -89,6 +89,8 @@ class MatryoshkaLoss(nn.Module):
             raise ValueError(f"dims must be lengths of at least 1, got {dims!r}")
         if weights is not None and len(weights) != len(dims):
             raise ValueError(f"weights must be as many as dims, {len(dims)}, got {len(weights)}")
+        if weights is not None and not any(weights):
+            raise ValueError(f"weights must not all be 0, got {weights!r}")
         if not isinstance(loss, InfoNCELoss | SigmoidLoss) or {"return_stats", "hard_negatives"} & set(loss.options):
             raise ValueError("loss must be an InfoNCELoss without return_stats and hard_negatives, or a SigmoidLoss")
         self.loss, self.dims = loss, dims
@@ -101,10 +103,11 @@ class MatryoshkaLoss(nn.Module):
         if "return_stats" in inputs:
             raise ValueError("want no return_stats, got one: the losses of the prefixes are added")
         hard, losses = inputs.pop("hard_negatives", None), []
-        for d in self.dims:
+        for d, weight in zip(self.dims, self.weights, strict=True):
             more = inputs if hard is None else {**inputs, "hard_negatives": hard[..., :d]}
-            losses.append(self.loss(query[..., :d], candidates[..., :d], target, **more))
-        return torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum(0)
+            if weight:
+                losses.append(weight * self.loss(query[..., :d], candidates[..., :d], target, **more))
+        return torch.stack(losses).sum(0)
 
 
 class SigmoidLoss(nn.Module):

@@ -10,6 +10,7 @@ All refuse targets out of range: an ``IndexError`` on a CPU, a device-side asser
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from cosup import ring as ring_walk
 from cosup.counting import countable, counted, worth_counting
 from cosup.direct import call, differentiable, operator
 from cosup.distributed import Peers, add_over_ranks, joined, merge_columns, shard, sum_over_ranks
-from cosup.kernels.reference import ColumnState, RowState, RowValues
+from cosup.kernels.reference import ColumnState, RowState, RowValues, times
 from cosup.plan import Plan, Strategy, enough, plan, strip_cols, used
 from cosup.positives import Positives
 from cosup.walk import (
@@ -312,7 +313,7 @@ def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, grad_colum
             raise RuntimeError("the entropy has no gradient of the temperature")
         weights = RowWeights(torch.zeros_like(nll) if grad_nll is None else grad_nll, grad_lse,
                              None if grad_soft is None else -grad_soft)  # fmt: skip
-        of_columns = None if grad_column is None else grad_column * col_excess
+        of_columns = None if grad_column is None else times(grad_column, col_excess)
         dscale = _scale_grad(weights, lse, entropy, excess, soft_logit, of_columns, *tensors[3:5], dbias)
     return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *16 * [None]
 
@@ -322,25 +323,20 @@ def _once(*grads: Tensor | None) -> None:
         raise RuntimeError("cosup's losses have first derivatives only: create_graph=True is not supported")
 
 
-def _times(weight: Tensor, value: Tensor) -> Tensor:
-    """weight * value, which is infinite where the target, or all columns, are left out: no such row has a weight."""
-    return torch.where(weight == 0, 0.0, weight * value)
-
-
 def _scale_grad(v: RowWeights, lse, entropy, excess, soft_logit, of_columns, scale, bias, dbias):
     """d loss / d scale = sum_m dz[m] (z[m] - bias[m]) / scale: logits are linear in scale wherever this is asked."""
-    rows = _times(v.b, excess)
+    rows = times(v.b, excess)
     if v.c is not None:
-        rows = rows + _times(v.c, lse - entropy)
+        rows = rows + times(v.c, lse - entropy)
     if v.q is not None:
-        rows = rows + v.q * lse * (lse - entropy)
+        rows = rows + times(v.q, lse * (lse - entropy))
     if v.e is not None:
-        rows = rows - v.e * soft_logit
+        rows = rows - times(v.e, soft_logit)
     if of_columns is not None:
         rows = rows + of_columns
     total = rows.sum(dtype=torch.float64)  # its terms cancel
     if bias is not None:
-        total = total - (bias * dbias).sum(dtype=torch.float64)
+        total = total - times(dbias, bias).sum(dtype=torch.float64)
     return (total / scale).to(scale.dtype)
 
 
@@ -378,21 +374,36 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
     statistics = _statistics(p, state, columns, rank, backend)
     found = (x.new_empty(0) if g is None else g for g in grads)
     nll, lse, _, soft_logit, col_nll, *_ = statistics
-    loss = row_losses(weights, nll, lse, soft_logit, v, col_nll).sum()
+    loss = row_losses(weights, nll, lse, soft_logit, v, col_nll, times).sum()
     return loss, *statistics, *found  # type: ignore[return-value]
 
 
-def row_losses(weights: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor, v: Tensor | None,
-               col_nll: Tensor) -> Tensor:  # fmt: skip
+class _Weighted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, value):
+        ctx.save_for_backward(weight, value)
+        return times(weight, value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, value = ctx.saved_tensors
+        return times(grad, value), times(grad, weight)
+
+
+weighted: Callable[[Tensor, Tensor], Tensor] = _Weighted.apply  # times, with gradients of both [N]
+
+
+def row_losses(weights: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor, v: Tensor | None, col_nll: Tensor,
+               product: Callable[[Tensor, Tensor], Tensor] = weighted) -> Tensor:  # fmt: skip
     """b nll + c lse - e sum_m soft[m] z[m] + q lse^2 / 2 of each row, and v col_nll."""
-    loss = weights.b * nll
+    loss = product(weights.b, nll)
     if weights.c is not None:
-        loss = loss + weights.c * lse
+        loss = loss + product(weights.c, lse)
     if weights.e is not None:
-        loss = loss - weights.e * soft_logit
+        loss = loss - product(weights.e, soft_logit)
     if weights.q is not None:
-        loss = loss + weights.q * lse.square() / 2
-    return loss if v is None else loss + v * col_nll
+        loss = loss + product(weights.q, lse.square() / 2)
+    return loss if v is None else loss + product(v, col_nll)
 
 
 @loss_and_grads.register_fake
@@ -416,20 +427,21 @@ def _grads_backward(ctx, grad_loss, *_):
         return 29 * (None,)
     dscale = None
     if ctx.need[GRADS]:
-        of_columns = None if v is None else v * col_excess
+        of_columns = None if v is None else times(v, col_excess)
         statistics = (lse, entropy, excess, soft_logit, of_columns)
-        dscale = grad_loss * _scale_grad(RowWeights(b, c, e, q), *statistics, scale, bias, grads[2])
+        dscale = times(grad_loss, _scale_grad(RowWeights(b, c, e, q), *statistics, scale, bias, grads[2]))
     scaled = (_scaled(g, grad_loss, ctx.backend) if w else None for g, w in zip(grads, ctx.need, strict=False))
     dx, dw, dbias, dx2, dw2 = scaled
     rows = (lambda: nll, lambda: lse, lambda: -soft_logit, lambda: lse.square() / 2, lambda: col_nll)
-    dweights = [grad_loss * r() if wanted else None for r, wanted in zip(rows, ctx.needs_input_grad[3:8], strict=True)]
+    wanted = ctx.needs_input_grad[3:8]
+    dweights = [times(grad_loss, r()) if asked else None for r, asked in zip(rows, wanted, strict=True)]
     return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *14 * [None]
 
 
 def _scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
-    """factor * grad, in grad's own memory where this is its last use."""
+    """times(grad, factor), in grad's own memory where this is its last use."""
     if type(grad) is not Tensor:  # traced
-        return (grad * factor).to(grad.dtype) if grad.element_size() >= 4 else (grad.float() * factor).to(grad.dtype)
+        return times(grad.to(factor.dtype), factor).to(grad.dtype)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         grad = grad.clone()
     tile_kernels(backend, grad).scale(grad, factor)
@@ -549,7 +561,7 @@ def _others_backward(ctx, grad, *_):
         return 6 * (None,)
     x, scale, ids, lse, entropy, top, total = ctx.saved_tensors
     dx = call(lse_of_others_backward, grad, top, total, x, scale, ids, *ctx.end) if ctx.needs_input_grad[0] else None
-    dscale = _times(grad, lse - entropy).sum(dtype=torch.float64) / scale if ctx.needs_input_grad[1] else None
+    dscale = times(grad, lse - entropy).sum(dtype=torch.float64) / scale if ctx.needs_input_grad[1] else None
     return dx, None if dscale is None else dscale.to(scale.dtype), *4 * [None]
 
 
@@ -579,7 +591,7 @@ def sigmoid_loss(x: Tensor, w: Tensor, target: Tensor, weight: Tensor | None, sc
     total, dot, soft = (field.clone() for field in (state.sum, state.dot, state.soft))  # apart
     if weight is None:
         return total, scale.new_empty(0), dot, soft, dx, dw
-    return (weight * total).sum(), total, dot, soft, dx, dw
+    return times(weight, total).sum(), total, dot, soft, dx, dw
 
 
 @sigmoid_loss.register_fake
@@ -609,13 +621,13 @@ def _sigmoid_backward(ctx, grad, *_):
             end = (False, ctx.need, ctx.workspace_bytes, ctx.backend)
             *_, dx, dw = call(sigmoid_loss, x, w, target, grad, scale, bias, row_id, col_id, *end)
     else:
-        of_rows, dweight = grad * weight, grad * rows
+        of_rows, dweight = times(grad, weight), times(grad, rows)
         dx, dw = (_scaled(g, grad, ctx.backend) for g in (dx, dw))
     dx, dw = (g if wanted else None for g, wanted in zip((dx, dw), ctx.need, strict=False))
     dscale = dbias = None
     if ctx.need[2]:  # summed in float64: their terms cancel
-        dscale = ((of_rows * dot).sum(dtype=torch.float64) / scale).to(scale.dtype)
-        dbias = (of_rows * soft).sum(dtype=torch.float64).to(bias.dtype)
+        dscale = (times(of_rows, dot).sum(dtype=torch.float64) / scale).to(scale.dtype)
+        dbias = times(of_rows, soft).sum(dtype=torch.float64).to(bias.dtype)
     return dx, dw, None, dweight, dscale, dbias, *6 * [None]
 
 

@@ -116,7 +116,7 @@ def _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, 
     if class_weight is not None or label_smoothing:
         columns = weight.new_ones(w.shape[0]) if class_weight is None else class_weight.detach().to(weight.dtype)
         own, total, count = call(ops.column_values, columns, target, group)
-        b = weight * own.masked_fill(~valid, 0.0)  # an ignored target may have met a weight of inf
+        b = ops.weighted(weight, own)  # an ignored target may have met a weight of inf
     divisor = b.sum()
     if label_smoothing:
         total, count = (total, count) if kept is None else (kept, kept)  # of columns that are not left out

@@ -389,8 +389,10 @@ class CoSupTrainer(Trainer):
         ntp_sum, targets, nsp_sum, queries, hits = self._sum_over_ranks(sums).tolist()
         ntp_loss, nsp_loss = ntp_sum / max(targets, 1), nsp_sum / max(queries, 1)
         config = self.model.config
-        metrics = {"loss": (config.mode != "nsp") * ntp_loss + (config.mode != "ntp") * config.nsp_weight * nsp_loss}
-        metrics |= _parts(config.mode, (ntp_loss, nsp_loss), hits, queries)
+        loss = ntp_loss if config.mode != "nsp" else 0.0
+        if config.mode != "ntp" and config.nsp_weight:
+            loss += config.nsp_weight * nsp_loss
+        metrics = {"loss": loss} | _parts(config.mode, (ntp_loss, nsp_loss), hits, queries)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

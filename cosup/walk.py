@@ -27,7 +27,7 @@ from torch import Tensor
 from cosup import gemm
 from cosup.distributed import Shard, merge, sum_over_ranks
 from cosup.kernels import native, reference
-from cosup.kernels.reference import ColumnState, RowState, RowValues
+from cosup.kernels.reference import ColumnState, RowState, RowValues, times
 from cosup.plan import ALIGN, Cost, Plan, padded
 from cosup.positives import Positives, host_reads
 from cosup.steps import RATES, Moves
@@ -639,9 +639,9 @@ def _row_coefficients(v: RowWeights, state: RowState) -> tuple[Tensor, Tensor, T
     """a, b, e, h of ``tile_grad``, with log p + entropy = (z - max) - E[z - max]."""
     a = v.b if v.c is None else v.b + v.c
     if v.q is not None:
-        a = a + v.q * state.lse()
+        a = a + times(v.q, state.lse())
     if v.h is not None:
-        a = a + _over(v.h * state.dot, state.sum)
+        a = a + _over(times(v.h, state.dot), state.sum)
     return _over(a, state.sum), v.b, v.e, None if v.h is None else -_over(v.h, state.sum)
 
 

@@ -88,7 +88,7 @@ def _leave(dot, i, j, part_ptr, stride_field, stride_tile, target_logit_ptr, thr
         tl.store(part + 4 * stride_field, above, r < R)
     if HAS_SOFT:
         soft = tl.load(soft_ptr + s, s < S, other=0.0)[None, :]
-        left_out = (s >= S)[None, :] | (z == float("-inf")) if HAS_ID else (s >= S)[None, :]
+        left_out = (soft == 0) | (z == float("-inf")) if HAS_ID else soft == 0
         tl.store(part + 3 * stride_field, tl.sum(tl.where(left_out, 0.0, soft * z), 1), r < R)
     top_r = tl.max(z, 1)
     z -= tl.where(top_r == float("-inf"), 0.0, top_r)[:, None]

@@ -16,6 +16,7 @@ Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -117,7 +118,7 @@ def tile_stats(
     state.target.copy_(torch.where(here_R, of_target, state.target))
     _merge_exponentials(state, z_RS)
     if soft_S is not None:
-        soft_RS = soft_S * z_RS
+        soft_RS = times(soft_S, z_RS)
         masks = row_id_R is not None or limit_R is not None
         state.soft.add_((soft_RS.masked_fill(z_RS == float("-inf"), 0.0) if masks else soft_RS).sum(1))
 
@@ -189,11 +190,18 @@ def row_values(state: RowState, columns: int, margin: float, scale: Tensor, skip
     return found if skip is None else RowValues(*(f.masked_fill_(skip, 0) for f in found))
 
 
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """a * b, but 0 where either is 0: what has no weight counts for nothing, were it infinite or NaN."""
+    return torch.where((a == 0) | (b == 0), 0.0, a * b)
+
+
 def scale(grad: Tensor, factor: Tensor) -> None:
-    """grad *= factor, a number on grad's device that is not rounded to its dtype; nothing where it is known to be 1."""
-    if factor.device.type != "cpu":
-        grad.copy_(grad.to(factor.dtype) * factor)
-    elif factor != 1:
+    """grad = times(grad, factor), a number on grad's device that is not rounded to grad's dtype; nothing where it is
+    known to be 1."""
+    number = factor.item() if factor.device.type == "cpu" else 0.0
+    if number == 0 or not math.isfinite(number):
+        grad.copy_(times(grad.to(factor.dtype), factor))
+    elif number != 1:
         grad.mul_(factor)
 
 

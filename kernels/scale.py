@@ -1,4 +1,5 @@
-"""Triton: a gradient times the upstream one, in place. A factor of 1, the usual one, moves no byte of the gradient."""
+"""Triton: a gradient times the upstream one, in place. A factor of 1, the usual one, moves no byte of the gradient; a
+product with 0 is 0, whatever the other is."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def _scale_kernel(grad_ptr, factor_ptr, size, BLOCK: tl.constexpr, UNROLL: tl.co
         for u in tl.static_range(UNROLL):
             i = first + u * BLOCK + tl.arange(0, BLOCK)
             grad = tl.load(grad_ptr + i, i < size)
-            tl.store(grad_ptr + i, (grad.to(factor.dtype) * factor).to(grad_ptr.dtype.element_ty), i < size)
+            scaled = tl.where(grad == 0, 0.0, grad.to(factor.dtype) * factor)
+            tl.store(grad_ptr + i, tl.where(factor == 0, 0.0, scaled).to(grad_ptr.dtype.element_ty), i < size)
 
 
 def scale(grad: Tensor, factor: Tensor) -> None:

@@ -159,8 +159,11 @@ def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_pt
             z, chain = tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, limit_ptr, scale, row, s, S, hit, softcap,
                                    HAS_BIAS, HAS_ID, HAS_CAP, HAS_LIMIT, True)  # fmt: skip
             if HAS_SOFT:
-                left_out = hit | (z == float("-inf")) if HAS_ID or HAS_LIMIT else hit
-                run_soft += tl.sum(tl.where(left_out, 0.0, tl.load(soft_ptr + s) * z), 1)
+                soft = tl.load(soft_ptr + s)
+                left_out = hit | (soft == 0)
+                if HAS_ID or HAS_LIMIT:
+                    left_out = left_out | (z == float("-inf"))
+                run_soft += tl.sum(tl.where(left_out, 0.0, soft * z), 1)
             z = tl.where(hit, float("-inf"), z)  # it is merged at the end
             above += tl.sum((z > threshold).to(tl.int32), 1)
             run_max, run_sum, run_dot = _fold(z, run_max, run_sum, run_dot)
@@ -170,10 +173,11 @@ def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_pt
         z, chain = tile_logits(dot_ptr, bias_ptr, row_id_ptr, col_id_ptr, limit_ptr, scale, row, s, S, hit, softcap,
                                HAS_BIAS, HAS_ID, HAS_CAP, HAS_LIMIT, False)  # fmt: skip
         if HAS_SOFT:
-            left_out = hit | (s >= S)
+            soft = tl.load(soft_ptr + s, s < S, other=0.0)
+            left_out = hit | (soft == 0)
             if HAS_ID or HAS_LIMIT:
                 left_out = left_out | (z == float("-inf"))
-            run_soft += tl.sum(tl.where(left_out, 0.0, tl.load(soft_ptr + s, s < S, other=0.0) * z), 1)
+            run_soft += tl.sum(tl.where(left_out, 0.0, soft * z), 1)
         z = tl.where(hit, float("-inf"), z)
         above += tl.sum((z > threshold).to(tl.int32), 1)
         run_max, run_sum, run_dot = _fold(z, run_max, run_sum, run_dot)
@@ -185,7 +189,8 @@ def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_pt
         seen = tl.where(z_own == float("-inf"), 0.0, 1.0)
         top, total, dot = _merged(top, total, dot, z_own, seen, 0.0)
         if HAS_SOFT:
-            total_soft += tl.load(soft_ptr + own) * z_own
+            soft = tl.load(soft_ptr + own)
+            total_soft += tl.where(soft == 0, 0.0, soft * z_own)
     top, total, dot = _merged(tl.load(max_ptr + row), tl.load(sum_ptr + row), tl.load(edot_ptr + row), top, total, dot)
     tl.store(max_ptr + row, top)
     tl.store(sum_ptr + row, total)

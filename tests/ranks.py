@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from cosup import gemm, info_nce, linear_cross_entropy, linear_log_prob, plan, sigmoid_loss, walk
+from cosup import co_supervision_loss, gemm, info_nce, linear_cross_entropy, linear_log_prob, plan, sigmoid_loss, walk
 from cosup.bench.measure import peak_bytes
 
 N, D, V = 41, 7, 90
@@ -351,6 +351,20 @@ def contrastive_of_own_gradients_and_own_candidates(rank, world):
         dist.all_reduce(want)
         dq, dc = torch.autograd.grad(part, (here, table))
         torch.testing.assert_close(got, (want, dq, dc[m]))
+
+
+def an_infinite_loss_is_infinite_on_every_rank(rank, world):
+    """Not NaN, as infinity less itself: the last rank has a target, or a positive, that is masked."""
+    query, candidates = torch.randn(3, 4), torch.randn(5, 4)
+    bias = torch.zeros(5)
+    bias[0] = -float("inf") if rank == world - 1 else 0.0
+    group = dist.group.WORLD
+    loss = info_nce(query, candidates, candidate_bias=bias, process_group=group)
+    assert loss == float("inf")
+    hidden, labels = torch.randn(2, 4, 4), torch.zeros(2, 4, dtype=torch.int64)
+    out = co_supervision_loss(hidden, torch.randn(5, 4), labels, query, candidates, linear_bias=bias,
+                                    process_group=group)  # fmt: skip
+    assert out.ntp_loss == float("inf") and out.nsp_loss.isfinite() and out.loss == float("inf")
 
 
 def bad_contrastive_options_are_refused(rank, world):

@@ -40,7 +40,7 @@ SIGNATURES = {
         "e": NEEDED, "c": NEEDED, "targets": NEEDED, "bias": None, **CCE_OPTIONS, "return_lse": False, **CCE_FILTERS,
         "vocab_parallel_options": None,
     },
-    VocabParallelOptions: {"start": NEEDED, "stop": NEEDED, "group": None},
+    VocabParallelOptions: {"start": NEEDED, "stop": NEEDED, "group": None, "reduce_e_grad": True},
 }  # fmt: skip
 
 
@@ -123,6 +123,20 @@ def test_what_liger_returns_beside_the_loss(feature, reduction):
     torch.testing.assert_close(output.token_accuracy, hit if reduction == "none" else hit.sum() / keep.sum())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_liger_with_class_weights_whose_sum_is_negative(scaled, reduction):
+    x, w, b, target = problem()
+    options = {"ce_weight": 0.3 - CLASS_WEIGHT, "lse_square_scale": 0.05, "use_token_scaling": scaled}
+    assert options["ce_weight"][target[target >= 0]].sum() < 0
+    inputs = [t.requires_grad_() for t in (x, w, b)]
+    loss = liger_fused_linear_cross_entropy(x, w, target, b, reduction=reduction, **options)
+    want, _ = liger_formula(x, w, b, target, reduction=reduction, **options)
+    torch.testing.assert_close(loss, want)
+    grads = (torch.autograd.grad(value.sum(), inputs) for value in (loss, want))
+    torch.testing.assert_close(*grads)
+
+
 def test_liger_returns_what_is_asked():
     x, w, b, target = problem()
     for asked in ("return_z_loss", "return_token_accuracy"):
@@ -145,10 +159,14 @@ def test_liger_module_equals_the_function(option):
     target = target.clamp(min=0)
     target[0] = 3
     option = {option: ANOTHER[option]}
-    loss = LigerFusedLinearCrossEntropyLoss(**option)(w, x, target, b)
-    assert torch.equal(loss, liger_fused_linear_cross_entropy(x, w, target, b, **option))
+    want = liger_fused_linear_cross_entropy(x, w, target, b, **option)
+    later = LigerFusedLinearCrossEntropyLoss()
+    for name, value in option.items():
+        setattr(later, name, value)
+    for module in (LigerFusedLinearCrossEntropyLoss(**option), later):
+        assert torch.equal(module(w, x, target, b), want)
     if "accum_dtype" not in option:
-        assert not torch.equal(loss, LigerFusedLinearCrossEntropyLoss()(w, x, target, b))
+        assert not torch.equal(want, LigerFusedLinearCrossEntropyLoss()(w, x, target, b))
 
 
 def test_liger_without_targets():
@@ -280,6 +298,23 @@ def test_cce_module_equals_the_function():
         loss = LinearCrossEntropy(**option)(e, c, wanted, bias)
         assert torch.equal(loss, cut_cross_entropy.linear_cross_entropy(e, c, wanted, bias, **option))
         assert not torch.equal(loss, LinearCrossEntropy()(e, c, wanted, bias))
+        later = LinearCrossEntropy()
+        for name, value in option.items():
+            setattr(later, name, value)
+        assert torch.equal(later(e, c, wanted, bias), loss)
+
+
+def test_modules_have_their_options_as_attributes_which_are_checked_at_each_call():
+    e, c, bias, targets = problem()
+    for module, options in ((LinearCrossEntropy(), CCE_OPTIONS | CCE_FILTERS), (LigerFusedLinearCrossEntropyLoss(),
+                                                                                LIGER_OPTIONS)):  # fmt: skip
+        assert {name: getattr(module, name) for name in options} == options
+        for name, bad in {"reduction": "avg", "softcap": -1.0, "filter_eps": "low", "label_smoothing": 2.0}.items():
+            if name in options:
+                setattr(module, name, bad)
+                with pytest.raises(ValueError, match=f"{name} must be .*{bad}"):
+                    module(*((e, c) if module.__class__ is LinearCrossEntropy else (c, e)), targets, bias)
+                setattr(module, name, options[name])
 
 
 def test_cce_without_targets():
@@ -328,6 +363,13 @@ def split_head(rank, world):
             cut = slice(mine.start, mine.stop) if part is None else slice(None)
             results.append((loss.detach(), de, *(t[cut] for t in of_head)))
         torch.testing.assert_close(*results)
+    part = VocabParallelOptions.from_vocab(90, reduce_e_grad=False)
+    of_e = e.clone().requires_grad_()
+    loss = cut_cross_entropy.linear_cross_entropy(of_e, c[part.start : part.stop], targets, vocab_parallel_options=part)
+    (share,) = torch.autograd.grad(loss, of_e)
+    dist.all_reduce(share)
+    whole = cut_cross_entropy.linear_cross_entropy(of_e, c, targets)
+    torch.testing.assert_close(share, torch.autograd.grad(whole, of_e)[0])
     turned = world - 1 - rank  # ranges against rank order
     for part in (VocabParallelOptions(30 * turned, 30 * turned + 30), VocabParallelOptions(30 * rank, 30 * rank + 31)):
         try:

@@ -58,6 +58,10 @@ def test_listed_positives_are_own_candidates():
     ranks.run(ranks.listed_positives_are_own_candidates, 2)
 
 
+def test_an_infinite_loss_is_infinite_on_every_rank():
+    ranks.run(ranks.an_infinite_loss_is_infinite_on_every_rank, 2)
+
+
 def test_bad_contrastive_options_are_refused():
     ranks.run(ranks.bad_contrastive_options_are_refused, 2)
 

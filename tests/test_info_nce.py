@@ -1,5 +1,7 @@
 """info_nce's features against float64, and against the losses that people come from."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -299,12 +301,21 @@ def test_matryoshka(device):
     torch.testing.assert_close((got, *torch.autograd.grad(got, tensors)), (want, *torch.autograd.grad(want, tensors)))
 
 
+def test_matryoshka_without_one_of_its_prefixes():
+    query, candidates, target = pool(torch.float32, "cpu")
+    query[0, -1] = float("inf")  # beyond the prefixes that count
+    loss = nn.MatryoshkaLoss(nn.InfoNCELoss(0.3, normalize=False), dims=(8, D), weights=(0.5, 0.0))
+    want = 0.5 * info_nce(query[:, :8], candidates[:, :8], target, temperature=0.3, normalize=False)
+    assert torch.equal(loss(query, candidates, target), want) and want.isfinite()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ((nn.InfoNCELoss(), ()), "dims must be lengths of at least 1"),
         ((nn.InfoNCELoss(), (8, 0)), "dims must be lengths of at least 1"),
         ((nn.InfoNCELoss(), (8, 16), (1.0,)), "weights must be as many as dims, 2, got 1"),
+        ((nn.InfoNCELoss(), (8, 16), (0.0, 0.0)), "weights must not all be 0"),
         ((nn.InfoNCELoss(return_stats=True), (8,)), "loss must be an InfoNCELoss without return_stats"),
         ((info_nce, (8,)), "loss must be an InfoNCELoss without return_stats"),
         ((nn.InfoNCELoss(), (D + 1,)), f"want vectors of one length, at least {D + 1} of dims, got {D} and {D}"),
@@ -366,6 +377,13 @@ def test_inside_activation_checkpointing(option):
     results = [torch.autograd.grad(value, (q, c, temperature)) for value in
                (loss(q, c, temperature), checkpoint(loss, q, c, temperature, use_reentrant=False))]  # fmt: skip
     torch.testing.assert_close(*results)
+
+
+def test_far_negatives_keep_the_digits_of_float64():
+    """Those of all candidates together are e^-21 of theirs, a millionth of which float64 can tell."""
+    query, *candidates = torch.eye(3, dtype=torch.float64)
+    loss = info_nce(query.expand(2, 3), torch.stack(candidates), temperature=1 / 21, hard_negatives=query.expand(2, 8, 3))
+    torch.testing.assert_close(loss.item(), math.log(8) + 21 + math.log1p(math.exp(-21) / 4), rtol=1e-15, atol=0)
 
 
 def test_smoothing_keeps_the_digits_of_float64():

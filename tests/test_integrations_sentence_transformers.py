@@ -269,16 +269,56 @@ def test_config_round_trip(folder):
     ({"scale": float("nan")}, "scale must be a number, positive and finite, got nan"),
     ({"scale": "20"}, "scale must be a number, positive and finite, got '20'"),
     ({"similarity_fct": util.euclidean_sim}, "similarity_fct must be cos_sim or dot_score, got <function euclid"),
-    ({"directions": ("query_to_doc", "doc_to_query")}, 'partition_mode must be "per_direction"'),
-    ({"directions": ("doc_to_doc",)}, "'query_to_doc' direction is required"),
-    ({"directions": ("query_to_doc", "query_to_query"), "partition_mode": "per_direction"}, "requires every direction"),
+    ({"directions": ("query_to_doc", "doc_to_query")}, 'directions must be "query_to_doc" and none or more of'),
+    ({"directions": ("doc_to_doc",)}, 'directions must be "query_to_doc" and'),
+    ({"directions": ("query_to_doc", "query_to_query"), "partition_mode": "per_direction"}, "in partition_mode 'per_"),
+    ({"partition_mode": "both"}, r"partition_mode must be one of \['joint', 'per_direction'\], got 'both'"),
+    ({"hardness_mode": "all_negatives"}, "hardness_mode must be None, got 'all_negatives'"),
     ({"mini_batch_size": 0}, "mini_batch_size must be None or an integer of at least 1, got 0"),
     ({"mini_batch_size": True}, "mini_batch_size must be None or an integer of at least 1, got True"),
     ({"mini_batch_size": 2.5}, "mini_batch_size must be None or an integer of at least 1, got 2.5"),
 ])  # fmt: skip
 def test_bad_options_are_refused(options, message, folder):
+    """At construction, and where they are assigned since."""
+    model = model_from(folder)
+    if "hardness_mode" not in options:
+        with pytest.raises(ValueError, match=message):
+            InfoNCELoss(model, **options)
+    loss = InfoNCELoss(model)
+    for name, value in options.items():
+        setattr(loss, name, value)
     with pytest.raises(ValueError, match=message):
-        InfoNCELoss(model_from(folder), **options)
+        loss(features(model, texts(2)))
+    with pytest.raises(ValueError, match=message):
+        loss.compute_loss_from_embeddings([torch.randn(3, 4), torch.randn(3, 4)])
+
+
+def test_options_by_place(folder):
+    """As of the library's cached loss; what its other loss has there is refused."""
+    theirs, ours = (Loss(model_from(folder), 20.0, util.cos_sim, 64)
+                    for Loss in (CachedMultipleNegativesRankingLoss, InfoNCELoss))  # fmt: skip
+    assert ours.mini_batch_size == theirs.mini_batch_size == 64 and not ours.gather_across_devices
+    with pytest.raises(ValueError, match="mini_batch_size must be None or an integer of at least 1, got True"):
+        InfoNCELoss(model_from(folder), 20.0, util.cos_sim, True)
+    with pytest.raises(TypeError, match="positional arguments"):
+        InfoNCELoss(model_from(folder), 20.0, util.cos_sim, 64, None)
+
+
+@pytest.mark.parametrize("options", [
+    {"scale": 1.5}, {"similarity_fct": util.dot_score, "scale": 0.1}, SYMMETRIC, {"mini_batch_size": 3},
+    {"mini_batch_num_tokens": 30}, {"mask_duplicates": True},
+], ids=lambda options: next(iter(options)))  # fmt: skip
+def test_options_assigned_later_count(options, folder):
+    model, columns = model_from(folder), texts(3)
+    columns[2][0] = columns[1][0]
+    later = InfoNCELoss(model)
+    for name, value in options.items():
+        setattr(later, name, value)
+    assert later.uses_gradient_cache == ("mini_batch" in str(options))
+    given = {name: value for name, value in options.items() if name != "mini_batch_num_tokens"}
+    torch.testing.assert_close(result(later, columns), result(InfoNCELoss(model, **given), columns))
+    change = (result(later, columns)[0] - result(InfoNCELoss(model), columns)[0]).abs()
+    assert (change > 1e-4) == ("mini_batch" not in str(options))
 
 
 def test_columns_that_a_model_has_written_into(folder):

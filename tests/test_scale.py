@@ -1,8 +1,11 @@
 """The upstream gradient's factor, on the device: exact, and nothing at all where it is 1."""
 
+import math
+
 import pytest
 import torch
 
+from cosup.kernels import reference
 from cosup.kernels import scale as module
 from cosup.kernels.scale import BLOCK, UNROLL, scale
 
@@ -18,6 +21,14 @@ def test_each_element_is_multiplied_once(size, dtype, device, monkeypatch):
     scale(room[:size], factor)
     assert torch.equal(room[:size], (grad.to(wide) * factor).to(dtype))  # the factor is not rounded to 16 bits
     assert (room[size:] == 7).all()
+
+
+@pytest.mark.parametrize("scale", [scale, reference.scale])
+@pytest.mark.parametrize("grad, factor", [(0.0, math.inf), (0.0, math.nan), (math.inf, 0.0), (math.nan, 0.0)])
+def test_nothing_times_anything_is_nothing(grad, factor, scale, device):
+    tensor = torch.tensor([grad, 1.0], dtype=torch.float16, device=device)
+    scale(tensor, torch.tensor(factor, device=device))
+    assert tensor[0] == 0 and (not tensor[1].isfinite() if grad == 0 else tensor[1] == 0)
 
 
 def test_a_factor_of_one_changes_no_bit(device):

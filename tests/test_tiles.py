@@ -175,6 +175,18 @@ def test_masked_tile_and_nan_row(kernels):
     assert dot.isnan().any(1).tolist() == [False, True, False]
 
 
+def test_masked_columns_without_weight_are_in_no_soft_target(kernels):
+    """Their products with 0 would be NaN: in a whole block, in the rest after those, and at a target."""
+    stats, *_, device = kernels
+    dot = torch.randn(2, 4300, device=device)
+    target, masked = torch.tensor([7, 4299], device=device), torch.tensor([7, 30, 4200, 4299], device=device)
+    soft, bias = torch.rand(4300, device=device), torch.zeros(4300, device=device)
+    soft[masked], bias[masked] = 0.0, -float("inf")
+    state = RowState.empty(2, dot)
+    stats(dot, state, 0, target, torch.ones((), device=device), bias, None, None, 0.0, soft)
+    torch.testing.assert_close(state.soft, dot @ soft, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_triton_narrows_in_place(dtype, device):
     """16-bit coefficients at the front of the float32 rows they are made from."""

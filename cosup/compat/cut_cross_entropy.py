@@ -42,13 +42,15 @@ class VocabParallelOptions:
     start: int
     stop: int
     group: dist.ProcessGroup | None = None  # None: all processes
+    reduce_e_grad: bool = True  # False: each rank has a share of the gradient of ``e``, to be summed by the caller
 
     @classmethod
-    def from_vocab(cls, vocab_size: int, group: dist.ProcessGroup | None = None) -> VocabParallelOptions:
+    def from_vocab(cls, vocab_size: int, group: dist.ProcessGroup | None = None,
+                   reduce_e_grad: bool = True) -> VocabParallelOptions:  # fmt: skip
         """Rows of this rank, where all have as many but the first few, which have one more."""
         rank, (each, more) = dist.get_rank(group), divmod(vocab_size, dist.get_world_size(group))
         start = rank * each + min(rank, more)
-        return cls(start, start + each + (rank < more), group)
+        return cls(start, start + each + (rank < more), group, reduce_e_grad)
 
 
 def linear_cross_entropy(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None, ignore_index: int = -100,
@@ -91,6 +93,8 @@ def linear_cross_entropy(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | N
         raise ValueError(f"shift must be an integer in [0, {length}), got {shift!r}")
     shift = int(shift)
     group = None if vocab_parallel_options is None else _group(c, vocab_parallel_options)
+    if vocab_parallel_options is not None and not vocab_parallel_options.reduce_e_grad:
+        e = _with_share_of_gradient(e, dist.get_world_size(group))
     head: dict[str, Any] = {"linear_bias": bias, "ignore_index": ignore_index, "logit_softcap": softcap,
                             "shift": shift, "process_group": group}  # fmt: skip
     if not return_lse:
@@ -108,7 +112,7 @@ def linear_cross_entropy(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | N
 
 
 class LinearCrossEntropy(nn.Module):
-    """``cut_cross_entropy.LinearCrossEntropy``: :func:`linear_cross_entropy` with its options at construction."""
+    """``cut_cross_entropy.LinearCrossEntropy``: :func:`linear_cross_entropy` with its options as attributes."""
 
     def __init__(self, ignore_index: int = -100, softcap: float | None = None, reduction: str = "mean",
                  shift: bool | int = 0, filter_eps: float | str | None = "auto", accum_e_fp32: bool = False,
@@ -117,13 +121,16 @@ class LinearCrossEntropy(nn.Module):
                  return_lse: bool = False):  # fmt: skip
         super().__init__()
         _check(softcap, reduction, shift, filter_eps, impl)
-        self.ignore_index, self.softcap, self.reduction = ignore_index, softcap, reduction
-        self.shift, self.return_lse = shift, return_lse
+        self.ignore_index, self.softcap, self.reduction, self.shift = ignore_index, softcap, reduction, shift
+        self.filter_eps, self.accum_e_fp32, self.accum_c_fp32 = filter_eps, accum_e_fp32, accum_c_fp32
+        self.filter_e_grad, self.filter_c_grad, self.impl = filter_e_grad, filter_c_grad, impl
+        self.return_lse = return_lse
 
     def forward(self, e: Tensor, c: Tensor, targets: Tensor,
                 bias: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         return linear_cross_entropy(e, c, targets, bias, self.ignore_index, self.softcap, self.reduction, self.shift,
-                                    self.return_lse)  # fmt: skip
+                                    self.return_lse, self.filter_eps, self.accum_e_fp32, self.accum_c_fp32,
+                                    self.filter_e_grad, self.filter_c_grad, self.impl)  # fmt: skip
 
 
 def _check(softcap, reduction, shift, filter_eps, impl) -> None:
@@ -136,6 +143,13 @@ def _check(softcap, reduction, shift, filter_eps, impl) -> None:
         raise ValueError(f'filter_eps must be None, a number, "auto" or "high", got {filter_eps!r}')
     if (impl.name.lower() if isinstance(impl, enum.Enum) else impl) not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+
+
+def _with_share_of_gradient(e: Tensor, world: int) -> Tensor:
+    e = e.view_as(e)  # the hook is not to be one of the caller's tensor
+    if e.requires_grad:
+        e.register_hook(lambda grad: grad / world)
+    return e
 
 
 def _group(c: Tensor, part: VocabParallelOptions) -> dist.ProcessGroup:

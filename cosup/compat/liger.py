@@ -11,7 +11,7 @@ Source: the signatures and docstrings of liger-kernel 0.8.5, https://github.com/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -77,7 +77,8 @@ def liger_fused_linear_cross_entropy(input: Tensor, weight: Tensor, target: Tens
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
     """``liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss`` on :func:`cosup.linear_cross_entropy`.
 
-    Arguments, results and errors are those of :func:`liger_fused_linear_cross_entropy`; options are checked here.
+    Arguments, results and errors are those of :func:`liger_fused_linear_cross_entropy`; options are attributes, checked
+    here and at each call.
     """
 
     def __init__(self, ce_weight: Tensor | None = None, ignore_index: int = -100, lse_square_scale: float = 0.0,
@@ -85,13 +86,16 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
                  return_z_loss: bool = False, accum_dtype: torch.dtype | None = None, use_token_scaling: bool = False,
                  return_token_accuracy: bool = False, return_predicted_tokens: bool = False):  # fmt: skip
         super().__init__()
-        self.options = _Options(ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap,
-                                return_z_loss, accum_dtype, use_token_scaling, return_token_accuracy,
-                                return_predicted_tokens)  # fmt: skip
+        options = _Options(ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap,
+                           return_z_loss, accum_dtype, use_token_scaling, return_token_accuracy,
+                           return_predicted_tokens)  # fmt: skip
+        for name in _NAMES:
+            setattr(self, name, getattr(options, name))
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor,
                 bias: Tensor | None = None) -> Tensor | CrossEntropyOutput:  # fmt: skip
-        return _loss(("_input", "lin_weight", "target"), _input, lin_weight, target, bias, self.options)
+        options = _Options(*(getattr(self, name) for name in _NAMES))
+        return _loss(("_input", "lin_weight", "target"), _input, lin_weight, target, bias, options)
 
 
 @dataclass(frozen=True)
@@ -128,38 +132,44 @@ class _Options:
             raise ValueError("return_predicted_tokens must be False, got True: no index of the largest logit is kept")
 
 
+_NAMES = tuple(field.name for field in fields(_Options))
+
+
 def _loss(names, x, w, target, bias, o: _Options) -> Tensor | CrossEntropyOutput:
     x, w, bias = check_tensors(names, x, w, target, bias)
     head: dict[str, Any] = {"linear_bias": bias, "ignore_index": o.ignore_index, "logit_softcap": o.softcap}
     valid = target != o.ignore_index
-    count = valid.sum()
-    total, z_loss, scaling = count, o.lse_square_scale, None  # total: what "mean" divides the cross entropy by
-    if o.ce_weight is not None:
-        check_vector("ce_weight", o.ce_weight, w.shape[:1], x.device, None)
-        if o.reduction == "mean":
-            weights = o.ce_weight.detach().to(torch.promote_types(x.dtype, torch.float32))
-            total = weights[target.masked_fill(~valid, 0)].masked_fill(~valid, 0.0).sum()
-            if z_loss:  # which linear_cross_entropy divides by total too
-                z_loss *= (total / count.clamp(min=1)).item()
+    count, class_weight, reduction = valid.sum(), o.ce_weight, o.reduction
+    if class_weight is not None:
+        check_vector("ce_weight", class_weight, w.shape[:1], x.device, None)
+    token_weight = None
     if o.use_token_scaling:
         with torch.no_grad():
-            scaling = linear_log_prob(x, w, target, **head).log_prob.exp()
-    mean_of_scaled = o.use_token_scaling and o.reduction == "mean"  # divided by total, not by what scales the rows
+            token_weight = linear_log_prob(x, w, target, **head).log_prob.exp()
+    if reduction == "mean" and (class_weight is not None or token_weight is not None):
+        # each part has its own divisor: rows over their number, class weights over their mean
+        dtype, reduction = torch.promote_types(x.dtype, torch.float32), "sum"
+        each = torch.ones_like(target, dtype=dtype) if token_weight is None else token_weight
+        token_weight = each / count.clamp(min=1)
+        if class_weight is not None:
+            class_weight = class_weight.detach().to(dtype)
+            own = class_weight[target.clamp(0, len(class_weight) - 1)]  # out of range: the engine's to refuse
+            total = own.masked_fill(~valid, 0.0).sum()
+            class_weight = class_weight * (count / torch.where(total == 0, 1.0, total))
     asked = o.return_z_loss or o.return_token_accuracy
     result: Any = linear_cross_entropy(
-        x, w, target, weight=o.ce_weight, label_smoothing=o.label_smoothing, z_loss=z_loss, token_weight=scaling,
-        reduction="sum" if mean_of_scaled else o.reduction, return_stats=asked, **head,
+        x, w, target, weight=class_weight, label_smoothing=o.label_smoothing, z_loss=o.lse_square_scale,
+        token_weight=token_weight, reduction=reduction, return_stats=asked, **head,
     )  # fmt: skip
     loss, stats = result if asked else (result, None)
-    if mean_of_scaled:
-        loss = loss / torch.where(total == 0, 1, total)
     if stats is None:
         return loss
     output = CrossEntropyOutput(loss)
     if o.return_z_loss:
-        rows = o.lse_square_scale * stats.lse.square() * (1.0 if scaling is None else scaling)
-        reduced = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / count.clamp(min=1)}
-        output.z_loss = reduced[o.reduction]
+        rows = o.lse_square_scale * stats.lse.square()
+        rows = rows if token_weight is None else rows * token_weight
+        divisor = count.clamp(min=1) if reduction == "mean" else 1
+        output.z_loss = rows if o.reduction == "none" else rows.sum() / divisor
     if o.return_token_accuracy:
         output.token_accuracy = stats.top1.float() if o.reduction == "none" else stats.top1.sum() / count
     return output

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from cosup.contrastive import info_nce
 
+FURTHER_DIRECTIONS = {"joint": ("query_to_query", "doc_to_doc"), "per_direction": ("doc_to_query",)}
+
 
 class InfoNCELoss(CachedLossMixin, MultipleNegativesRankingLoss):
     """``MultipleNegativesRankingLoss``, and its cached form: same value and gradients, within a memory budget.
@@ -35,12 +37,13 @@ class InfoNCELoss(CachedLossMixin, MultipleNegativesRankingLoss):
         model: Its ``sentence_embedding`` [B, D] of a column; float32, bfloat16, float16 or float64.
         scale: 1 / temperature.
         similarity_fct: ``cos_sim`` or ``dot_score`` of ``sentence_transformers.util``.
+        mini_batch_size: Embed so many texts at once, twice (gradient caching); None: all texts, once. By place
+            it is the fourth, as in the library's cached loss.
         gather_across_devices: The candidates of all processes, with their gradients (and, where ``directions`` has
             them, the queries). The loss is the mean over all processes' queries, on each of them, with the gradients
             that DistributedDataParallel wants, which takes their mean. Batches may be of different sizes.
         directions, partition_mode: "query_to_doc" and none, one or both of "query_to_query" and "doc_to_doc" (of pairs
             alone) in the "joint" softmax; or with "doc_to_query", "per_direction".
-        mini_batch_size: Embed so many texts at once, twice (gradient caching); None: all texts, once.
         mask_duplicates: A candidate with the text of a query's positive is no negative of that query. Texts are
             compared as tokens, with their prompts and after truncation, by 64 bits of a digest.
 
@@ -55,34 +58,52 @@ class InfoNCELoss(CachedLossMixin, MultipleNegativesRankingLoss):
     """
 
     def __init__(self, model: SentenceTransformer, scale: float = 20.0,
-                 similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim, gather_across_devices: bool = False,
-                 directions: tuple[str, ...] = ("query_to_doc",), partition_mode: str = "joint",
-                 mini_batch_size: int | None = None, mask_duplicates: bool = False):  # fmt: skip
+                 similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim, mini_batch_size: int | None = None, *,
+                 gather_across_devices: bool = False, directions: tuple[str, ...] = ("query_to_doc",),
+                 partition_mode: str = "joint", mask_duplicates: bool = False):  # fmt: skip
+        super().__init__(model)
+        self.scale, self.similarity_fct, self.gather_across_devices = scale, similarity_fct, gather_across_devices
+        self.directions, self.partition_mode, self.mask_duplicates = tuple(directions), partition_mode, mask_duplicates
+        self.mini_batch_size = mini_batch_size  # type: ignore[assignment]  # the mixin's is not asked for where None
+        self._check()
+
+    def _check(self) -> None:
+        """The options as they are now, which may have been assigned since."""
+        scale, size, directions, mode = self.scale, self.mini_batch_size, {*self.directions}, self.partition_mode
         if not isinstance(scale, float | int) or not 0 < scale < float("inf"):
             raise ValueError(f"scale must be a number, positive and finite, got {scale!r}")
-        if similarity_fct not in (cos_sim, dot_score):
-            raise ValueError(f"similarity_fct must be cos_sim or dot_score, got {similarity_fct}")
-        super().__init__(model, scale, similarity_fct, gather_across_devices, directions, partition_mode)
-        if "doc_to_query" in directions and partition_mode == "joint":
-            raise ValueError('partition_mode must be "per_direction" where directions have "doc_to_query", got "joint"')
-        if mini_batch_size is not None:
-            if isinstance(mini_batch_size, bool) or not isinstance(mini_batch_size, int) or mini_batch_size < 1:
-                raise ValueError(f"mini_batch_size must be None or an integer of at least 1, got {mini_batch_size!r}")
-            if has_static_embedding_input(model):
-                raise ValueError(f"mini_batch_size must be None for a model of StaticEmbedding, got {mini_batch_size}")
-        self.mini_batch_size = mini_batch_size  # type: ignore[assignment]  # the mixin's is not asked for where None
-        self.mask_duplicates = mask_duplicates
-        self.uses_gradient_cache = mini_batch_size is not None  # which MatryoshkaLoss asks
+        if self.similarity_fct not in (cos_sim, dot_score):
+            raise ValueError(f"similarity_fct must be cos_sim or dot_score, got {self.similarity_fct}")
+        if mode not in FURTHER_DIRECTIONS:
+            raise ValueError(f"partition_mode must be one of {[*FURTHER_DIRECTIONS]}, got {mode!r}")
+        further = FURTHER_DIRECTIONS[mode]
+        if "query_to_doc" not in directions or not directions <= {"query_to_doc", *further}:
+            want = f'"query_to_doc" and none or more of {further} in partition_mode {mode!r}'
+            raise ValueError(f"directions must be {want}, got {self.directions}")
+        if self.hardness_mode is not None:
+            raise ValueError(f"hardness_mode must be None, got {self.hardness_mode!r}")
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"mini_batch_size must be None or an integer of at least 1, got {size!r}")
+        model = getattr(self.model, "module", self.model)  # of DistributedDataParallel
+        if self.uses_gradient_cache and has_static_embedding_input(model):
+            raise ValueError(f"mini_batch_size must be None for a model of StaticEmbedding, got {size}")
+
+    @property
+    def uses_gradient_cache(self) -> bool:  # type: ignore[override]
+        """Which MatryoshkaLoss asks."""
+        return self.mini_batch_size is not None or self.mini_batch_num_tokens is not None
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        self._check()
         columns = list(sentence_features)
         ids = torch.cat([_ids_of_texts(column) for column in columns[1:]]) if self.mask_duplicates else None
-        if self.mini_batch_size is not None:
+        if self.uses_gradient_cache:
             return self.forward_cached(columns, ids)
         return self.calculate_loss([[vectors] for vectors in embed_columns(self.model, columns)], ids)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of vectors [B, D] of each column. Their texts are not known here, so none is masked."""
+        self._check()
         return self.calculate_loss([[vectors] for vectors in embeddings])
 
     def calculate_loss(
@@ -99,8 +120,8 @@ class InfoNCELoss(CachedLossMixin, MultipleNegativesRankingLoss):
                              normalize=self.similarity_fct is cos_sim, symmetric="doc_to_query" in self.directions,
                              query_negatives="query_to_query" in self.directions,
                              candidate_negatives="doc_to_doc" in self.directions, process_group=group)  # fmt: skip
-        if group is not None:  # gradients to be summed over processes, where the wrapper takes their mean
-            loss = loss.detach() + group.size() * (loss - loss.detach())
+        if group is not None and loss.requires_grad:  # to be summed over processes, where the wrapper takes their mean
+            loss.register_hook(lambda grad: grad * group.size())
         if with_backward:
             loss.backward()
             loss = loss.detach()

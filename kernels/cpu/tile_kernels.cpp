@@ -175,7 +175,10 @@ void stats_row(const float* dot, int64_t S, int64_t own, const Features& f, Row 
     if (f.soft) {
       float chunk_soft = 0.f;
 #pragma omp simd reduction(+ : chunk_soft)
-      for (int64_t j = 0; j < n; ++j) chunk_soft += masks && z[j] == -INF ? 0.f : f.soft[first + j] * z[j];
+      for (int64_t j = 0; j < n; ++j) {
+        const float weight = f.soft[first + j];
+        chunk_soft += weight == 0.f || (masks && z[j] == -INF) ? 0.f : weight * z[j];
+      }
       soft += chunk_soft;
     }
     top = next;

@@ -60,6 +60,15 @@ def test_stated_need_is_enough(n, m, cost, budget):
         assert plan(n, m, cost, grads=True, weights_known=True, workspace_bytes=room).workspace_bytes <= room
 
 
+@given(st.integers(1, 10**5), st.integers(1, 10**5), st.integers(1, 10**5), st.integers(1, 10**5), costs)
+def test_gradients_take_memory_where_they_are_asked(n, m, rows, cols, cost):
+    rows, cols = min(rows, n), min(cols, m)
+    without = cost._replace(of_x=0, of_w=0, coef=0, put_row=0, table_row=0, query_row=0, few=0, second=0)
+    assert used(n, m, rows, cols, cost, False) == used(n, m, rows, cols, without, False)
+    with_sums, none = (used(n, m, rows, cols, cost._replace(second=size), True) for size in (64, 0))
+    assert with_sums - none == 64 * (rows + cols)
+
+
 def test_strategies():
     def strategy(budget, cost=WIDE, **asked):
         return plan(

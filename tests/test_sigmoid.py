@@ -237,6 +237,7 @@ BAD = [
     (dict(candidates=torch.zeros(5, 7)), ValueError, r"want query \[..., D\] and candidates \[M, D\], got \[3, 8\] and \[5, 7\]"),
     (dict(candidates=torch.zeros(0, 8)), ValueError, "candidates must have a row for each of the 3 queries"),
     (dict(bias=float("nan")), ValueError, "bias must be a finite number, got nan"),
+    (dict(bias=float("-inf")), ValueError, "bias must be a finite number, got -inf"),
     (dict(bias="1"), ValueError, "bias must be a finite number, got '1'"),
     (dict(bias=torch.zeros(2)), ValueError, r"bias must be one floating number on cpu, got torch.float32 \[2\]"),
     (dict(bias=torch.tensor(1)), ValueError, "bias must be one floating number on cpu, got torch.int64"),

@@ -70,7 +70,8 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
 
     Same value and gradients as ``F.cross_entropy(z, target, weight, label_smoothing=s)``. ``"mean"`` divides by
     sum_n token_weight[n] c[target[n]], or by 1 where that is 0. With no row left the loss and its gradients are 0, by
-    whatever the loss is divided later. A row of weight 0 counts for nothing, even if its loss is infinite.
+    whatever the loss is divided later: a gradient of 0 stays 0. A row of weight 0 counts for nothing, even if its loss
+    is infinite; only that of an ignored row may hold infinite inputs.
 
     Args:
         input: [..., D]; float32, bfloat16, float16 or float64. Under autocast it and the head take autocast's dtype.
@@ -229,7 +230,7 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
                                        workspace_bytes=workspace_bytes)  # fmt: skip
         assert isinstance(ntp_sum, Tensor)
         normalizer = ntp_count if ntp_normalizer is None else ntp_normalizer
-        ntp_loss = ntp_loss + ntp_sum / _at_least_one(normalizer, hidden)
+        ntp_loss = ntp_loss + ntp_sum / _one_for_none(normalizer)
         if process_group is not None:
             ntp_loss = LossOfRanks.apply(ntp_loss, process_group)
     if mode != "ntp" and (len(query) or process_group is not None):
@@ -237,13 +238,14 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
                                       candidate_ids=candidate_ids, reduction="sum", return_stats=True,
                                       process_group=process_group, gather=gather,
                                       workspace_bytes=workspace_bytes)  # fmt: skip
-        nsp_loss = nsp_sum / _at_least_one(len(query) if nsp_normalizer is None else nsp_normalizer, query)
-    loss = ntp_loss + (nsp_weight * nsp_loss if nsp_weight else no_queries)
+        nsp_loss = nsp_sum / _one_for_none(len(query) if nsp_normalizer is None else nsp_normalizer)
+    without = not isinstance(nsp_weight, Tensor) and nsp_weight == 0  # 0 times an infinite loss is no number
+    loss = ntp_loss + (no_queries if without else nsp_weight * nsp_loss)
     return CoSupervisionOutput(loss, ntp_loss, nsp_loss, ntp_count, len(query), nsp_stats)
 
 
-def _at_least_one(count: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(count, device=like.device).clamp(min=1)
+def _one_for_none(count: float | Tensor) -> float | Tensor:
+    return torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1
 
 
 def _nothing(*parts: Tensor | float | None) -> Tensor:

@@ -390,7 +390,20 @@ class _Weighted(torch.autograd.Function):
         return times(grad, value), times(grad, weight)
 
 
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, total):
+        ctx.save_for_backward(weight, total)
+        return weight / total
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, total = ctx.saved_tensors
+        return grad / total, -times(grad, weight).sum() / total.square()
+
+
 weighted: Callable[[Tensor, Tensor], Tensor] = _Weighted.apply  # times, with gradients of both [N]
+shared: Callable[[Tensor, Tensor], Tensor] = _Shared.apply  # weights [N] over a number, with such gradients of both
 
 
 def row_losses(weights: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor, v: Tensor | None, col_nll: Tensor,

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cosup.kernels.reference import times
+
 POOLS = ("mean", "logsumexp")
 READ_BY_HOST = {"cpu"}  # devices whose numbers the host may read without waiting
 
@@ -38,6 +40,7 @@ class Positives(NamedTuple):
         if self.pool == "mean":
             return self._sum(self.logit) / self.counts.clamp(min=1)
         top = self._highest(self.logit)
+        top = torch.where(top == float("-inf"), 0.0, top)  # all are masked
         return torch.where(self.counts == 0, 0.0, top + self._sum(torch.exp(self.logit - top[self.row])).log())
 
     def weights(self) -> Tensor:
@@ -48,7 +51,7 @@ class Positives(NamedTuple):
 
     def entropy(self) -> Tensor:
         """Each row's pooled logit less the mean of its logits by their weights. [N]"""
-        return self._sum(self.weights() * (self.pooled()[self.row] - self.logit))
+        return self._sum(times(self.weights(), self.pooled()[self.row] - self.logit))
 
     def best(self) -> Tensor:
         """Column of the first of each row's highest logits, or of one that is NaN; 0 without a positive. [N] int64"""

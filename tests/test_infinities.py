@@ -1,4 +1,4 @@
-"""What has no weight counts for nothing, were it infinite or NaN: a loss divided by 0, masked columns, weights of 0."""
+"""0 times infinity is 0: a loss of nothing divided by 0, masked columns, rows and terms whose weight is 0."""
 
 import math
 
@@ -156,10 +156,10 @@ def test_a_row_without_weight_may_have_an_infinite_loss(backend, reduction, devi
     torch.testing.assert_close(loss.sum(), want.sum())
     found, wanted = (torch.autograd.grad(value.sum(), (x, w)) for value in (loss, want))
     torch.testing.assert_close(found, wanted)
-    if reduction != "mean":
-        rows = cosup.linear_cross_entropy(x, w, target, **{**options, "reduction": "none"})
-        loss = cosup.linear_cross_entropy(x, w, target, token_weight=weight, **options)
-        torch.testing.assert_close(torch.autograd.grad(loss.sum(), weight)[0], rows)  # of weights that are 0 too
+    rows = cosup.linear_cross_entropy(x, w, target, **{**options, "reduction": "none"})
+    loss = cosup.linear_cross_entropy(x, w, target, token_weight=weight, **options)
+    of_weights = (rows - loss) / weight.sum() if reduction == "mean" else rows  # of weights that are 0 too
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), weight)[0], of_weights)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -169,12 +169,39 @@ def test_a_query_without_weight_may_have_a_masked_positive(option, reduction):
     temperature, bias, weight = torch.tensor(0.5, requires_grad=True), torch.zeros(M), torch.ones(N)
     bias[N - 1], weight[N - 1] = -INF, 0
     inputs = (query, candidates, temperature)
+    weight.requires_grad_()
     options = {"temperature": temperature, "candidate_bias": bias, "reduction": reduction, **option}
     loss = cosup.info_nce(*inputs[:2], sample_weight=weight, **options)
-    grads = torch.autograd.grad(loss.sum(), inputs)
-    assert loss.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+    *grads, of_weights = torch.autograd.grad(loss.sum(), (*inputs, weight))
+    assert loss.isfinite().all() and all(grad.isfinite().all() for grad in (*grads, of_weights[:-1]))
     if not option:
         torch.testing.assert_close(loss.sum(), cosup.info_nce(query[:-1], candidates, **options).sum())
+
+
+def test_a_query_of_sigmoid_loss_without_weight_may_have_an_infinite_one():
+    query, candidates, weight = torch.randn(N, D), torch.randn(M, D), torch.ones(N)
+    query[2], weight[2] = INF, 0
+    loss = cosup.sigmoid_loss(query, candidates, sample_weight=weight.requires_grad_(), normalize=False)
+    (grad,) = torch.autograd.grad(loss, weight)
+    assert loss.isfinite() and grad.isfinite().tolist() == [n != 2 for n in range(N)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_masked_one_of_several_positives(backend):
+    """Of their logsumexp it is none; where all are masked the loss is infinite, not NaN."""
+    query, candidates = torch.randn(3, D, requires_grad=True), torch.randn(M, D)
+    temperature, bias = torch.tensor(0.5, requires_grad=True), torch.zeros(M)
+    bias[1] = -INF
+    start, columns = torch.tensor([0, 2, 3, 4]), torch.tensor([0, 1, 3, 4])
+    options = {"positives_pool": "logsumexp", "candidate_bias": bias, "temperature": temperature, "backend": backend}
+    loss = cosup.info_nce(query, candidates, positives=(start, columns), **options)
+    want = cosup.info_nce(query, candidates, positives=((start - 1).clamp(min=0), columns[[0, 2, 3]]), **options)
+    assert torch.equal(loss, want)
+    for found, wanted in zip(*(torch.autograd.grad(v, (query, temperature)) for v in (loss, want)), strict=True):
+        torch.testing.assert_close(found, wanted)
+    masked = (torch.tensor([0, 1, 2, 3]), torch.tensor([1, 3, 4]))
+    rows = cosup.info_nce(query, candidates, positives=masked, reduction="none", **options)
+    assert rows[0] == INF and rows[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "fused"])

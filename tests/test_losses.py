@@ -557,6 +557,13 @@ def test_co_supervision_is_the_sum_of_its_parts():
         torch.testing.assert_close(one.loss, want)
     parts = co_supervision_loss(hidden, w, labels, query, passages, ntp_normalizer=14, nsp_normalizer=4)
     torch.testing.assert_close(parts.ntp_loss, ntp / 2)
+    for count in (0.5, torch.tensor(0.5)):  # any number divides
+        parts = co_supervision_loss(hidden, w, labels, query, passages, ntp_normalizer=count, nsp_normalizer=count)
+        want = (14 * ntp, 4 * info_nce(query, passages))
+        torch.testing.assert_close((parts.ntp_loss, parts.nsp_loss), want)
+    learned = torch.tensor(0.0, requires_grad=True)
+    both = co_supervision_loss(hidden, w, labels, query, passages, nsp_weight=learned)
+    torch.testing.assert_close(torch.autograd.grad(both.loss, learned)[0], both.nsp_loss.detach())
 
 
 def test_modules_call_the_functions():

@@ -69,8 +69,8 @@ class InfoNCELoss(CachedLossMixin, MultipleNegativesRankingLoss):
 
     def _check(self) -> None:
         """The options as they are now, which may have been assigned since."""
-        scale, size, directions, mode = self.scale, self.mini_batch_size, {*self.directions}, self.partition_mode
-        if not isinstance(scale, float | int) or not 0 < scale < float("inf"):
+        scale, directions, mode = self.scale, {*self.directions}, self.partition_mode
+        if isinstance(scale, bool) or not isinstance(scale, float | int) or not 0 < scale < float("inf"):
             raise ValueError(f"scale must be a number, positive and finite, got {scale!r}")
         if self.similarity_fct not in (cos_sim, dot_score):
             raise ValueError(f"similarity_fct must be cos_sim or dot_score, got {self.similarity_fct}")
@@ -82,11 +82,16 @@ class InfoNCELoss(CachedLossMixin, MultipleNegativesRankingLoss):
             raise ValueError(f"directions must be {want}, got {self.directions}")
         if self.hardness_mode is not None:
             raise ValueError(f"hardness_mode must be None, got {self.hardness_mode!r}")
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"mini_batch_size must be None or an integer of at least 1, got {size!r}")
+        for name in ("mini_batch_size", "mini_batch_num_tokens"):
+            number = getattr(self, name)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise ValueError(f"{name} must be None or an integer of at least 1, got {number!r}")
+        for name in ("gather_across_devices", "mask_duplicates"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         model = getattr(self.model, "module", self.model)  # of DistributedDataParallel
         if self.uses_gradient_cache and has_static_embedding_input(model):
-            raise ValueError(f"mini_batch_size must be None for a model of StaticEmbedding, got {size}")
+            raise ValueError(f"mini_batch_size must be None for a model of StaticEmbedding, got {self.mini_batch_size}")
 
     @property
     def uses_gradient_cache(self) -> bool:  # type: ignore[override]

@@ -10,7 +10,6 @@ All refuse targets out of range: an ``IndexError`` on a CPU, a device-side asser
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from cosup import ring as ring_walk
 from cosup.counting import countable, counted, worth_counting
 from cosup.direct import call, differentiable, operator
 from cosup.distributed import Peers, add_over_ranks, joined, merge_columns, shard, sum_over_ranks
-from cosup.kernels.reference import ColumnState, RowState, RowValues, times
+from cosup.kernels.reference import ColumnState, RowState, RowValues, scaled, times
 from cosup.plan import Plan, Strategy, enough, plan, strip_cols, used
 from cosup.positives import Positives
 from cosup.walk import (
@@ -374,7 +373,7 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
     statistics = _statistics(p, state, columns, rank, backend)
     found = (x.new_empty(0) if g is None else g for g in grads)
     nll, lse, _, soft_logit, col_nll, *_ = statistics
-    loss = row_losses(weights, nll, lse, soft_logit, v, col_nll, times).sum()
+    loss = row_losses(weights, nll, lse, soft_logit, v, col_nll).sum()
     return loss, *statistics, *found  # type: ignore[return-value]
 
 
@@ -387,7 +386,7 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weight, value = ctx.saved_tensors
-        return times(grad, value), times(grad, weight)
+        return times(value, grad), times(weight, grad)
 
 
 class _Shared(torch.autograd.Function):
@@ -399,24 +398,30 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weight, total = ctx.saved_tensors
-        return grad / total, -times(grad, weight).sum() / total.square()
+        return grad / total, -times(weight, grad).sum() / total.square()
 
 
-weighted: Callable[[Tensor, Tensor], Tensor] = _Weighted.apply  # times, with gradients of both [N]
-shared: Callable[[Tensor, Tensor], Tensor] = _Shared.apply  # weights [N] over a number, with such gradients of both
+def weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """times, with the gradients of both [N]: that of a weight of 0 is the value."""
+    return _Weighted.apply(weight, value) if weight.requires_grad else times(weight, value)
 
 
-def row_losses(weights: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor, v: Tensor | None, col_nll: Tensor,
-               product: Callable[[Tensor, Tensor], Tensor] = weighted) -> Tensor:  # fmt: skip
+def shared(weight: Tensor, total: Tensor) -> Tensor:
+    """weight [N] / total, with gradients in which a weight of 0 meets no infinite one."""
+    return _Shared.apply(weight, total) if weight.requires_grad else weight / total
+
+
+def row_losses(weights: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor, v: Tensor | None,
+               col_nll: Tensor) -> Tensor:  # fmt: skip
     """b nll + c lse - e sum_m soft[m] z[m] + q lse^2 / 2 of each row, and v col_nll."""
-    loss = product(weights.b, nll)
+    loss = weighted(weights.b, nll)
     if weights.c is not None:
-        loss = loss + product(weights.c, lse)
+        loss = loss + weighted(weights.c, lse)
     if weights.e is not None:
-        loss = loss - product(weights.e, soft_logit)
+        loss = loss - weighted(weights.e, soft_logit)
     if weights.q is not None:
-        loss = loss + product(weights.q, lse.square() / 2)
-    return loss if v is None else loss + product(v, col_nll)
+        loss = loss + weighted(weights.q, lse.square() / 2)
+    return loss if v is None else loss + weighted(v, col_nll)
 
 
 @loss_and_grads.register_fake
@@ -442,19 +447,19 @@ def _grads_backward(ctx, grad_loss, *_):
     if ctx.need[GRADS]:
         of_columns = None if v is None else times(v, col_excess)
         statistics = (lse, entropy, excess, soft_logit, of_columns)
-        dscale = times(grad_loss, _scale_grad(RowWeights(b, c, e, q), *statistics, scale, bias, grads[2]))
-    scaled = (_scaled(g, grad_loss, ctx.backend) if w else None for g, w in zip(grads, ctx.need, strict=False))
-    dx, dw, dbias, dx2, dw2 = scaled
+        dscale = scaled(_scale_grad(RowWeights(b, c, e, q), *statistics, scale, bias, grads[2]), grad_loss)
+    made = (_scaled(g, grad_loss, ctx.backend) if w else None for g, w in zip(grads, ctx.need, strict=False))
+    dx, dw, dbias, dx2, dw2 = made
     rows = (lambda: nll, lambda: lse, lambda: -soft_logit, lambda: lse.square() / 2, lambda: col_nll)
     wanted = ctx.needs_input_grad[3:8]
-    dweights = [times(grad_loss, r()) if asked else None for r, asked in zip(rows, wanted, strict=True)]
+    dweights = [times(r(), grad_loss) if asked else None for r, asked in zip(rows, wanted, strict=True)]
     return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *14 * [None]
 
 
 def _scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
-    """times(grad, factor), in grad's own memory where this is its last use."""
+    """scaled(grad, factor), in grad's own memory where this is its last use."""
     if type(grad) is not Tensor:  # traced
-        return times(grad.to(factor.dtype), factor).to(grad.dtype)
+        return scaled(grad, factor).to(grad.dtype)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         grad = grad.clone()
     tile_kernels(backend, grad).scale(grad, factor)
@@ -634,7 +639,7 @@ def _sigmoid_backward(ctx, grad, *_):
             end = (False, ctx.need, ctx.workspace_bytes, ctx.backend)
             *_, dx, dw = call(sigmoid_loss, x, w, target, grad, scale, bias, row_id, col_id, *end)
     else:
-        of_rows, dweight = times(grad, weight), times(grad, rows)
+        of_rows, dweight = times(weight, grad), times(rows, grad)
         dx, dw = (_scaled(g, grad, ctx.backend) for g in (dx, dw))
     dx, dw = (g if wanted else None for g, wanted in zip((dx, dw), ctx.need, strict=False))
     dscale = dbias = None

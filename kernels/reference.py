@@ -190,17 +190,22 @@ def row_values(state: RowState, columns: int, margin: float, scale: Tensor, skip
     return found if skip is None else RowValues(*(f.masked_fill_(skip, 0) for f in found))
 
 
-def times(a: Tensor, b: Tensor) -> Tensor:
-    """a * b, but 0 where either is 0: what has no weight counts for nothing, were it infinite or NaN."""
-    return torch.where((a == 0) | (b == 0), 0.0, a * b)
+def times(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value, but 0 where the weight is 0, were the value infinite or NaN; so is the gradient of the value."""
+    return weight * value.masked_fill(weight == 0, 0.0)
+
+
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor in factor's dtype, but 0 where either is 0."""
+    return torch.where(factor == 0, 0.0, times(grad.to(factor.dtype), factor))
 
 
 def scale(grad: Tensor, factor: Tensor) -> None:
-    """grad = times(grad, factor), a number on grad's device that is not rounded to grad's dtype; nothing where it is
+    """grad = scaled(grad, factor), a number on grad's device that is not rounded to grad's dtype; nothing where it is
     known to be 1."""
     number = factor.item() if factor.device.type == "cpu" else 0.0
     if number == 0 or not math.isfinite(number):
-        grad.copy_(times(grad.to(factor.dtype), factor))
+        grad.copy_(scaled(grad, factor))
     elif number != 1:
         grad.mul_(factor)
 

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cosup.kernels.reference import times
-
 POOLS = ("mean", "logsumexp")
 READ_BY_HOST = {"cpu"}  # devices whose numbers the host may read without waiting
 
@@ -51,7 +49,9 @@ class Positives(NamedTuple):
 
     def entropy(self) -> Tensor:
         """Each row's pooled logit less the mean of its logits by their weights. [N]"""
-        return self._sum(times(self.weights(), self.pooled()[self.row] - self.logit))
+        weights = self.weights()
+        lag = (self.pooled()[self.row] - self.logit).masked_fill(weights == 0, 0.0)  # infinite where they are masked
+        return self._sum(weights * lag)
 
     def best(self) -> Tensor:
         """Column of the first of each row's highest logits, or of one that is NaN; 0 without a positive. [N] int64"""

@@ -185,7 +185,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     if process_group is not None and reduction == "mean":
         weight = torch.ones_like(pool.target, dtype=dtype) if weight is None else weight
         total = SumOverRanks.apply(weight.sum(), process_group)
-        weight, once = ops.shared(weight, torch.where(total == 0, 1.0, total)), "sum"
+        weight, once = ops.divided(weight, torch.where(total == 0, 1.0, total)), "sum"
     later = hard is not None or further
     loss, stats = softmax_nll(
         pool.query, pool.candidates, pool.target, scale, bias=None if pool.bias is None else pool.bias.to(dtype),
@@ -287,7 +287,7 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
     weight = torch.ones_like(pool.target, dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
     if reduction == "mean":
         total = weight.sum() if process_group is None else SumOverRanks.apply(weight.sum(), process_group)
-        weight = ops.shared(weight, torch.where(total == 0, 1.0, total))
+        weight = ops.divided(weight, torch.where(total == 0, 1.0, total))
     grad = torch.is_grad_enabled()
     need = [grad and t.requires_grad for t in (pool.query, pool.candidates)]
     need.append(grad and (scale.requires_grad or shift.requires_grad))

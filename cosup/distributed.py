@@ -174,20 +174,6 @@ class _Gather(torch.autograd.Function):
         return parts.view(world, mine, *grad.shape[1:]).sum(0, dtype=wide).to(grad.dtype), None, None
 
 
-class LossOfRanks(torch.autograd.Function):
-    """The sum over all ranks of their parts of a loss, on each of them, with the gradient of the part here."""
-
-    @staticmethod
-    def forward(ctx, loss, group):
-        total = loss.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
 class SumOverRanks(torch.autograd.Function):
     """The sum of a tensor over all ranks, on each of them; its gradient is summed likewise."""
 
@@ -201,3 +187,11 @@ class SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return SumOverRanks.apply(grad.contiguous(), ctx.group), None
+
+
+class LossOfRanks(SumOverRanks):
+    """The sum over all ranks of their parts of a loss, on each of them, with the gradient of the part here alone."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None

@@ -389,7 +389,7 @@ class _Weighted(torch.autograd.Function):
         return times(value, grad), times(weight, grad)
 
 
-class _Shared(torch.autograd.Function):
+class _Divided(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, total):
         ctx.save_for_backward(weight, total)
@@ -406,9 +406,9 @@ def weighted(weight: Tensor, value: Tensor) -> Tensor:
     return _Weighted.apply(weight, value) if weight.requires_grad else times(weight, value)
 
 
-def shared(weight: Tensor, total: Tensor) -> Tensor:
+def divided(weight: Tensor, total: Tensor) -> Tensor:
     """weight [N] / total, with gradients in which a weight of 0 meets no infinite one."""
-    return _Shared.apply(weight, total) if weight.requires_grad else weight / total
+    return _Divided.apply(weight, total) if weight.requires_grad else weight / total
 
 
 def row_losses(weights: RowWeights, nll: Tensor, lse: Tensor, soft_logit: Tensor, v: Tensor | None,

@@ -78,11 +78,11 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
     weights, soft, divisor = _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group)
     if reduction == "mean":
         divisor = divisor.masked_fill(divisor == 0, 1.0)
-        weights = weights.map(lambda v: ops.shared(v, divisor))
+        weights = weights.map(lambda v: ops.divided(v, divisor))
     of_columns = None
     if symmetric:  # half of each direction
         weights = weights.map(lambda v: v / 2)
-        of_columns = (ops.shared(weight, divisor) if reduction == "mean" else weight) / 2
+        of_columns = (ops.divided(weight, divisor) if reduction == "mean" else weight) / 2
     pair_start, pair_col = (None, None) if pairs is None else pairs
     options: Any = (softcap, ignore_index, margin, gap, pool)
     end: Any = (rank, need, workspace_bytes, backend, group, batch_invariant, row_group)

@@ -189,8 +189,8 @@ def _stats_kernel(dot_ptr, stride_R, max_ptr, sum_ptr, edot_ptr, target_logit_pt
         seen = tl.where(z_own == float("-inf"), 0.0, 1.0)
         top, total, dot = _merged(top, total, dot, z_own, seen, 0.0)
         if HAS_SOFT:
-            soft = tl.load(soft_ptr + own)
-            total_soft += tl.where(soft == 0, 0.0, soft * z_own)
+            own_soft = tl.load(soft_ptr + own)
+            total_soft += tl.where(own_soft == 0, 0.0, own_soft * z_own)
     top, total, dot = _merged(tl.load(max_ptr + row), tl.load(sum_ptr + row), tl.load(edot_ptr + row), top, total, dot)
     tl.store(max_ptr + row, top)
     tl.store(sum_ptr + row, total)

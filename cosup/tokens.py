@@ -1,7 +1,7 @@
 """Control tokens, and plain text as ids.
 
 A control token means something only where this package puts it as an id. Text (a question, a passage, an answer) is
-encoded by `encode`, which never yields a control or special id, whatever is written in the text.
+encoded by `encode`, which never yields an added token, special or not, whatever is written in the text.
 
     prompt                      text      [Ret] passage [Cs] grounded text [Ce]      text      </s>
                                             |
@@ -13,6 +13,7 @@ Source: Semiparametric Token-Sequence Co-Supervision, arXiv 2403.09024 (token na
 from functools import lru_cache
 from typing import NamedTuple
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 RETRIEVE, GROUND, END, EMBED, PAD = "[Ret]", "[Cs]", "[Ce]", "[Emb]", "<PAD>"
@@ -40,13 +41,13 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     Returns the number of tokens that the vocabulary grew by; resize the model's embeddings if it is not 0.
     """
     before = len(tokenizer)
-    added = _special_ids(tokenizer, before)
+    added = _added(tokenizer).special
     missing = [token for token in (RETRIEVE, GROUND, END, EMBED) if token not in added]
     if missing:
         tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
     if tokenizer.pad_token_id is None:
         tokenizer.add_special_tokens({"pad_token": PAD})
-    _special_ids.cache_clear()  # a word of the vocabulary can have become special, at the same length
+    _added_by.cache_clear()  # a word of the vocabulary can have become special, at the same length
     return len(tokenizer) - before
 
 
@@ -55,7 +56,7 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> ControlIds:
 
     Raises ValueError where `add_control_tokens` was not called, or the tokenizer has no token that ends a text.
     """
-    added = _special_ids(tokenizer, len(tokenizer))
+    added = _added(tokenizer).special
     missing = [token for token in (RETRIEVE, GROUND, END, EMBED) if token not in added]
     if missing or tokenizer.pad_token_id is None:
         raise ValueError(f"tokenizer: wanted control tokens, got none for {missing or [PAD]}; call add_control_tokens")
@@ -66,13 +67,25 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> ControlIds:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of plain text, nothing added. Never a control or special id, even where the text spells one.
+    """Ids of plain text, nothing added. Never an added token's, control, special or ordinary, even where it is spelled.
 
-    Special tokens written in the text are split into ordinary pieces. A vocabulary that has one as an ordinary
-    entry too (word-level ones can) would still reach its id: such ids are dropped. The unknown token is kept.
+    Text goes through the tokenizer's own vocabulary, in which no added token is looked for, so it is split into
+    ordinary pieces. Where an entry of that vocabulary was added too (word-level ones can have a special token, and
+    Gemma's has tags), a special one is dropped and another one written letter by letter. White space and the unknown
+    token are kept.
     """
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    special = _forbidden(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # in Python, where this flag is of all added tokens
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    else:
+        plain = Tokenizer(backend.model)
+        for part in ("normalizer", "pre_tokenizer"):
+            if getattr(backend, part) is not None:
+                setattr(plain, part, getattr(backend, part))
+        ids = plain.encode(text, add_special_tokens=False).ids
+    special, spelled = _forbidden(tokenizer)
+    if not spelled.keys().isdisjoint(ids):
+        ids = [piece for i in ids for piece in spelled.get(i, (i,))]
     return [i for i in ids if i not in special]
 
 
@@ -106,19 +119,37 @@ def passage_ids(
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special ids that the tokenizer itself puts before and after a text, and so its models expect."""
     ids = tokenizer("a", verbose=False)["input_ids"]
-    special = _forbidden(tokenizer)
+    special, _ = _forbidden(tokenizer)
     plain = [position for position, i in enumerate(ids) if i not in special]
     return (ids[: plain[0]], ids[plain[-1] + 1 :]) if plain else ([], [])
 
 
-def _forbidden(tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
-    """Ids that text must not yield: all that are special, less the unknown token unless it also ends or pads."""
+class _Added(NamedTuple):
+    special: dict[str, int]  # token -> id
+    spelled: dict[int, tuple[int, ...]]  # other ones of more than white space: the ids of their letters
+
+
+def _forbidden(tokenizer: PreTrainedTokenizerBase) -> tuple[set[int | None], dict[int, tuple[int, ...]]]:
+    """Ids that text must not yield, less the unknown token unless it also ends or pads; and those to be spelled."""
     ends: set[int | None] = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    return ({*_special_ids(tokenizer, len(tokenizer)).values()} - {tokenizer.unk_token_id}) | ends
+    special, spelled = _added(tokenizer)
+    return ({*special.values()} - {tokenizer.unk_token_id}) | ends, spelled
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> _Added:
+    return _added_by(tokenizer, len(tokenizer), tuple(tokenizer.all_special_ids))
 
 
 @lru_cache(maxsize=8)
-def _special_ids(tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, int]:
-    """Special token -> id. Cached, for it takes 15 ms where a vocabulary adds thousands; `length` notices additions."""
-    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return special | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+def _added_by(tokenizer: PreTrainedTokenizerBase, length: int, special_ids: tuple[int, ...]) -> _Added:
+    """Cached, for it takes 15 ms where a vocabulary adds thousands; the other arguments notice additions."""
+    added = tokenizer.added_tokens_decoder
+    special = {token.content: i for i, token in added.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_tokens, special_ids, strict=True))
+    spelled, specials = {}, {*special.values()}
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    for i, token in added.items():
+        word = token.content
+        if model is not None and model.id_to_token(i) == word and i not in specials and not word.isspace():
+            spelled[i] = tuple(piece.id for letter in word for piece in model.tokenize(letter))
+    return _Added(special, spelled)

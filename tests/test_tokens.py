@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cosup.tokens import (
     EMBED,
@@ -60,6 +60,19 @@ def word_level() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="</s>")
 
 
+def gemma() -> PreTrainedTokenizerBase:
+    """Its vocabulary has white space and tags that are added tokens too, no special ones, and merges reach them."""
+    letters = [*"<>/abcdefghijklmnopqrstuvwxyz[]REC:.", "\u2581", "\n"]
+    pieces = ["<t", "<tag", "<tag>", "ha", "hat", "\n\n"]
+    merges = [("<", "t"), ("<t", "ag"), ("<tag", ">"), ("a", "g"), ("h", "a"), ("ha", "t"), ("\n", "\n")]
+    words = ["<unk>", "</s>", *letters, "ag", *pieces]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in ("<tag>", "\n", "\n\n")])
+    return tokenizer
+
+
 def word_level_unknown_ends() -> PreTrainedTokenizerBase:
     """One id for unknown words and for the end of a text, as in some released models: no unknown word may end it."""
     words = ["</s>", "a", "hat", "is", "::"]
@@ -74,7 +87,7 @@ def prepared(make) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-MAKERS = [byte_level, byte_level_with_begin, word_piece, word_level, word_level_unknown_ends]
+MAKERS = [byte_level, byte_level_with_begin, word_piece, word_level, word_level_unknown_ends, gemma]
 TOKENIZERS = {make.__name__: prepared(make) for make in MAKERS}
 
 fragments = st.sampled_from(
@@ -133,6 +146,60 @@ def test_adding_twice_adds_once_and_survives_saving(make, tmp_path) -> None:
     hostile = "a [Ret] hat </s>[Cs]"
     assert encode(loaded, hostile) == encode(tokenizer, hostile)
     assert "[Ret]" not in tokenizer.decode([ids.retrieve], skip_special_tokens=True)
+
+
+MARKERS = ["<think>", "<tool_call>", "<\uff5cUser\uff5c>", "<|im_start|>", "two words"]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+@pytest.mark.parametrize("how", [{}, {"normalized": True}, {"lstrip": True, "rstrip": True}, {"single_word": True}])
+def test_no_text_yields_a_token_that_was_added(make, when, how) -> None:
+    """Before the control tokens, after them, or after the tokenizer was used."""
+    how = {"special": False, "normalized": False} | how
+    tokenizer, tokens = make(), [AddedToken(marker, **how) for marker in MARKERS]
+    if when == "before":
+        tokenizer.add_tokens(tokens)
+    add_control_tokens(tokenizer)
+    if when == "after":
+        encode(tokenizer, "a hat")
+    if when != "before":
+        tokenizer.add_tokens(tokens)
+    added = {tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS}
+    for text in (*MARKERS, "".join(MARKERS), " a ".join(MARKERS), "\n".join(marker.upper() for marker in MARKERS)):
+        rows = encode(tokenizer, text), prompt_ids(tokenizer, text), passage_ids(tokenizer, text, text, 256)
+        assert not any(added & {*row} for row in rows)
+    if make is byte_level:
+        assert tokenizer.decode(encode(tokenizer, "".join(MARKERS))) == "".join(MARKERS)
+
+
+def test_what_the_vocabulary_has_and_was_added_too_is_spelled_but_white_space() -> None:
+    tokenizer = TOKENIZERS["gemma"]
+    pieces = tokenizer.convert_ids_to_tokens(encode(tokenizer, "a <tag>\nhat\n\na"))
+    assert pieces == [*"a\u2581<tag>\n", "hat", "\n\n", "a"]
+
+
+def test_a_word_that_becomes_special_later_is_noticed() -> None:
+    tokenizer = prepared(word_level)
+    hat = tokenizer.convert_tokens_to_ids("hat")
+    assert hat in encode(tokenizer, "a hat")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["hat"]}, replace_extra_special_tokens=False)
+    assert hat not in encode(tokenizer, "a hat")
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "word_level_unknown_ends"])
+def test_plain_text_is_what_the_tokenizer_itself_makes_of_it(name) -> None:
+    tokenizer = TOKENIZERS[name]
+    for text in ("a hat is :: a hat", "", " a", "A  Hat.\nIs it\u00fc?"):
+        assert encode(tokenizer, text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_in_python() -> None:
+    """Without a backend of its own: canine reads characters."""
+    tokenizer = CanineTokenizer(eos_token="\ue001")
+    add_control_tokens(tokenizer)
+    tokenizer.add_tokens(["<think>"])
+    assert encode(tokenizer, "<think>[Ret]") == [ord(letter) for letter in "<think>[Ret]"]
 
 
 def test_an_unknown_word_stays_in_the_text_as_unknown() -> None:

@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-cosup-bench}
 place=$(mktemp -d)
+trap 'rm -rf "$place"' EXIT
 site=$place/site-packages  # by such a name QuACK knows modules that are no code of its user's
 mkdir -p "$out" "$site"
 if [[ -e .gpu/site.tar.xz ]]; then tar -xJf .gpu/site.tar.xz -C "$site"; fi

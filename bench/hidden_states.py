@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosup import pretrained
+from cosup.files import readable, replaced
+from cosup.tokens import encode
 
 WINDOW = 1024  # tokens read at once, each window without what came before it
 NAMES = ("x", "w", "target")
@@ -28,14 +30,13 @@ def write(name: str, text: str, out: Path, *, tokens: int) -> int:
     """
     from transformers import AutoModelForCausalLM
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model, tokenizer = pretrained.load(
         "model", AutoModelForCausalLM, name, dtype=dtype, attn_implementation="auto", num_layers=None
     )
     pretrained.check_head(model)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: tokens + 1]
+    ids = encode(tokenizer, text)[: tokens + 1]
     if len(ids) < 2:
         raise ValueError(f"text: wanted at least two tokens, got {len(ids)}")
     model = model.eval().to(device)
@@ -47,7 +48,8 @@ def write(name: str, text: str, out: Path, *, tokens: int) -> int:
     ]
     x_ND = torch.cat(parts) * pretrained.logit_scale(model)
     operands = (x_ND, model.get_output_embeddings().weight, ids_N[1:])
-    save_file({name: t.detach().cpu().clone() for name, t in zip(NAMES, operands, strict=True)}, out)
+    with replaced(out) as part:
+        save_file({name: t.detach().cpu().clone() for name, t in zip(NAMES, operands, strict=True)}, part)
     return len(x_ND)
 
 
@@ -57,7 +59,9 @@ def read(path: Path) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: A tensor is missing, or the shapes do not fit.
     """
-    held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    with readable(path):
+        safe = path.suffix == ".safetensors"
+        held = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     missing = [name for name in NAMES if name not in held]
     if missing:
         raise ValueError(f"{path}: wanted tensors {NAMES}, got none named {missing[0]!r}")

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from cosup.bench import report
+from cosup.files import write_text
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -69,4 +70,4 @@ def _markdown(table: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(report.RESULTS))
+    write_text(PAGE, page(report.RESULTS))

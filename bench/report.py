@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosup.doctor import version
+from cosup.files import replaced, write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" if (HERE.parent / "pyproject.toml").exists() else Path("cosup-bench")
@@ -130,9 +131,8 @@ def save(title: str, records: list[dict[str, Any]], device: str | None = None) -
     device: "cpu" where a GPU has no part.
     """
     run = {"title": title, **environment(device), "problems": records}
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{file_name(title, device)}.json"
-    path.write_text(json.dumps(run, indent=1) + "\n")
+    write_text(path, json.dumps(run, indent=1) + "\n")
     _picture(f"{title}, {device_name(device)}", records, path.with_suffix(".png"))
     print(f"all figures: {path}; a picture: {path.with_suffix('.png')}")
     return run
@@ -198,7 +198,8 @@ def _picture(title: str, records: list[dict[str, Any]], path: Path) -> None:
             panel.margins(x=0.15)
             panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, size=10)
-    figure.savefig(path)
+    with replaced(path) as part:
+        figure.savefig(part)
 
 
 def _cell(value: Any, text: Callable[[Any], str]) -> str:

@@ -19,6 +19,7 @@ import torch
 from cosup import cards
 from cosup.bench import measure, report
 from cosup.doctor import version
+from cosup.files import write_text
 
 OURS = ("cosup", "patched", "all_gather", "ring")  # methods that are ours
 THREADS = 4  # a quick problem of a CPU has as many of these parts of its rows as there are threads
@@ -79,7 +80,7 @@ def run(out: Path, *, full: bool = False) -> bool:
             row["seconds"] = time.perf_counter() - start
         if row["failed"]:
             print(f"{subject.name}: failed: {row['failed']}", flush=True)
-        (out / "report.md").write_text(_report(rows, sections, full, out), encoding="utf-8")  # it may be cut short
+        write_text(out / "report.md", _report(rows, sections, full, out))  # the next one may be cut short
     print(f"report: {out / 'report.md'}")
     return not any(row["failed"] for row in rows)
 
@@ -135,4 +136,3 @@ def _state(row: dict[str, Any]) -> str:
     if row["skipped"]:
         return f"skipped: {row['skipped']}"
     return f"failed: {row['failed']}" if row["failed"] else f"{row['seconds']:.0f} s"
-

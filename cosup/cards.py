@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from cosup import files
+
 CARD = "README.md"
 MARKER = "<!-- Written by cosup at every save. Delete this line and the card is yours: it is never written over. -->"
 
@@ -89,12 +91,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def write(folder: str | Path, facts: Mapping[str, Any], body: str) -> None:
-    """Write the card of a folder, unless there is one without MARKER."""
+    """Write the card of a folder, unless there is a user's."""
     path = Path(folder) / CARD
-    if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
-        return
-    front = yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True)
-    path.write_text(f"---\n{front}---\n\n{MARKER}\n\n{body}", encoding="utf-8")
+    if not is_of_user(path):
+        front = yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True)
+        files.write_text(path, f"---\n{front}---\n\n{MARKER}\n\n{body}")
+
+
+def is_of_user(path: Path) -> bool:
+    """Whether this is a card that its user wrote: one without MARKER."""
+    return path.name == CARD and path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def read(folder: str | Path) -> tuple[list[str], dict[str, float]]:

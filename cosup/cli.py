@@ -53,7 +53,10 @@ def main() -> None:
     """Entry point: what the user can mend is told in one line, without a traceback."""
     try:
         app()
-    except (ValueError, IndexError, OSError, RuntimeError) as error:
+    except Exception as error:
+        network = type(error).__module__.partition(".")[0] in ("httpx", "httpx2")  # huggingface_hub's, without one
+        if not network and not isinstance(error, ValueError | IndexError | OSError | RuntimeError | ImportError):
+            raise
         Console(stderr=True).print(Text("error: ", "bold red"), Text(str(error)), sep="", soft_wrap=True)
         sys.exit(1)
 
@@ -175,8 +178,11 @@ def bench_hidden_states(
 ) -> None:
     """Write operands for linear_cross_entropy --hidden-states: a model's states on a text, its head, the targets."""
     from cosup.bench import hidden_states
+    from cosup.files import readable
 
-    count = hidden_states.write(model, text.read_text(encoding="utf-8"), out, tokens=tokens)
+    with readable(text):
+        read = text.read_text(encoding="utf-8")
+    count = hidden_states.write(model, read, out, tokens=tokens)
     console.print(f"{count:,} tokens in {out}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -201,11 +207,13 @@ def bench_pools(
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML of the same names.", exists=True, dir_okay=False)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --output_dir.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from --output_dir's last checkpoint, if any.")
+    ] = False,
     fields: Annotated[bool, typer.Option("--fields", help="List CoSupConfig's own fields and what they mean.")] = False,
 ) -> None:
     """Train Gen and Ctx: cosup train --gen DIR --instances train.jsonl --passages passages.jsonl --output_dir OUT."""
-    from cosup.train import CoSupConfig, CoSupTrainer
+    from cosup.train import CoSupConfig, CoSupTrainer, last_checkpoint
 
     if fields:
         for name, meaning in CoSupConfig.own_fields().items():
@@ -215,7 +223,7 @@ def train(
     if not resume and any(Path(str(arguments.output_dir)).glob("checkpoint-*")):
         raise ValueError(f"output_dir: {arguments.output_dir} holds checkpoints; add --resume or choose another folder")
     trainer = CoSupTrainer.from_config(arguments)
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir) if resume else None)
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_model()
@@ -301,6 +309,7 @@ def evaluate(
     """Held-out loss, retrieval over the whole corpus against BM25, and correctness of answers."""
     from cosup.data import read_instances, read_passages
     from cosup.evaluate import evaluate, render, save_picture
+    from cosup.files import write_text
     from cosup.index import SequenceIndex
     from cosup.model import GenCtxModel
 
@@ -309,8 +318,7 @@ def evaluate(
     loaded = _eval(GenCtxModel, model)
     built = SequenceIndex.from_model(loaded, corpus.values(), batch_size=batch_size)
     report = evaluate(loaded, held_out, built, answers=answers)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     console.print(render(report))
     if report["retrieval"]:
         save_picture(report, out / "retrieval.png")

@@ -24,6 +24,7 @@ from cosup.data import Instance, Passage, Reference, read_instances, read_passag
 from cosup.data import smollm2 as smollm2_data
 from cosup.data import wiki as wiki_data
 from cosup.evaluate import evaluate, render, save_picture
+from cosup.files import replaced, write_text
 from cosup.generate import Generation
 from cosup.index import SequenceIndex
 from cosup.model import GenCtxConfig, GenCtxModel, Mode
@@ -150,8 +151,7 @@ def _show(report: Mapping[str, Any], test: Sequence[Instance], shown: Sequence[G
 
 
 def _save(report: Mapping[str, Any], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     systems = dict(report["modes"]["joint"]["retrieval"])
     systems["untrained"] = report["untrained"]["retrieval"]["Gen"]
     for mode, scores in report["modes"].items():
@@ -168,7 +168,8 @@ def _save(report: Mapping[str, Any], out: Path) -> None:
     axes.set(xlabel="step", ylabel="nats", yscale="log", title="training losses")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    figure.savefig(out / "loss.png")
+    with replaced(out / "loss.png") as part:
+        figure.savefig(part)
 
 
 def fast_bfloat16() -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cosup.data.schema import Instance, Passage, Reference
+from cosup.files import replaced
 from cosup.index import PassageIndex
 from cosup.losses import linear_cross_entropy
 from cosup.model import GenCtxModel
@@ -174,7 +175,8 @@ def save_picture(report: Mapping[str, Any], path: str | Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="x", length=0)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
-    figure.savefig(path)
+    with replaced(path) as part:
+        figure.savefig(part)
 
 
 def _ntp(

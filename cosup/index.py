@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -25,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosup import files
 from cosup.data.schema import Passage
 from cosup.nearest import home, nearest
 
@@ -195,17 +192,16 @@ class SequenceIndex:
     def save(self, folder: str | Path) -> None:
         """Write the index as `folder`, in place of an index that is there.
 
-        It is written beside and renamed when whole: if that is interrupted, `load(folder)` gives the index of before.
-        Raises ValueError where `folder` holds anything that is not an index.
+        Whatever interrupts it, and whoever reads meanwhile: `load(folder)` gives the index of before or this one.
+        Raises ValueError where `folder` holds anything that is not an index, OSError naming it where it cannot be
+        written.
         """
         folder = Path(folder)
         strange = _strange(folder)
         if strange is not None:
             raise ValueError(f"folder: wanted a new folder or an index, got {folder} with {strange!r} in it")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part, before = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part"), _before(folder)
-        part.mkdir()
-        try:
+        with files.updated(folder, goes=lambda folder: (folder / name for name in _FILES)) as part:
+            part.mkdir()
             vectors_file = _write(self.vectors, part)
             columns = {name: [getattr(p, name) for p in self.passages] for name in ("id", "title", "text")}
             pq.write_table(pa.table(columns), part / _PASSAGES)
@@ -220,18 +216,6 @@ class SequenceIndex:
                 "sha256": {name: _sha256(part / name) for name in (vectors_file, _PASSAGES)},
             }
             (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            for file in part.iterdir():
-                _flush(file)
-            if folder.exists():
-                shutil.rmtree(before, ignore_errors=True)
-                folder.rename(before)
-            part.rename(folder)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            if not folder.exists() and before.exists():
-                before.rename(folder)
-            raise
-        shutil.rmtree(before, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: str | Path, fingerprint: str | None) -> SequenceIndex:
@@ -245,9 +229,10 @@ class SequenceIndex:
         model, and parts that do not belong together; RuntimeError for vectors in index.faiss where FAISS is not
         installed. The manifest guards against damage, not against a forger.
         """
-        folder = Path(folder)
-        if not folder.exists() and _before(folder).exists():
-            folder = _before(folder)  # a save was killed between its two renames
+        return files.read(folder, _MANIFEST, lambda place: cls._read_in(place, fingerprint))
+
+    @classmethod
+    def _read_in(cls, folder: Path, fingerprint: str | None) -> SequenceIndex:
         manifest = _manifest(folder)
         check_fingerprint(folder, fingerprint, manifest["fingerprint"])
         vectors_file = _FAISS if _FAISS in manifest["sha256"] else _FLAT
@@ -258,11 +243,10 @@ class SequenceIndex:
                 raise ValueError(f"{folder / name}: damaged or changed: wanted sha256 {wanted}, got {got}")
         if vectors_file == _FAISS:
             _faiss(f"{folder / _FAISS}")
-        try:
+        with files.readable(folder / vectors_file):
             vectors = _read(folder / vectors_file, manifest["factory"])
+        with files.readable(folder / _PASSAGES):
             rows = pq.read_table(folder / _PASSAGES, columns=["id", "title", "text"]).to_pylist()
-        except (RuntimeError, SafetensorError, pa.ArrowException, OSError) as error:
-            raise ValueError(f"{folder}: unreadable: {error}") from error
         count, dim = vectors.shape if isinstance(vectors, Tensor) else (vectors.ntotal, vectors.d)
         counts = {"manifest": manifest["count"], vectors_file: count, _PASSAGES: len(rows)}
         if len(set(counts.values())) != 1 or not rows:
@@ -365,7 +349,10 @@ def _write(vectors: Tensor | faiss.Index, folder: Path) -> str:
     if isinstance(vectors, Tensor):
         save_file({FLAT: vectors}, folder / _FLAT)
         return _FLAT
-    _faiss().write_index(vectors, str(folder / _FAISS))
+    try:
+        _faiss().write_index(vectors, str(folder / _FAISS))
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
     return _FAISS
 
 
@@ -381,18 +368,14 @@ def _read(path: Path, factory: str) -> Tensor | faiss.Index:
     return index
 
 
-def _before(folder: Path) -> Path:
-    """Where the previous index waits while the new one takes its name."""
-    return folder.with_name(f".{folder.name}.before")
-
-
 def _strange(folder: Path) -> str | None:
     """Something in the folder that `save` did not put there, or None."""
     if not folder.exists():
         return None
     if not folder.is_dir():
         return folder.name
-    return next((file.name for file in folder.iterdir() if file.name not in _FILES), None)
+    found = (file.name for file in folder.iterdir())
+    return next((name for name in found if name not in _FILES and not files.is_part(name)), None)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -428,9 +411,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have the file on the disk before the folder gets its name."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -14,26 +14,22 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import tempfile
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import huggingface_hub
 import torch
-import torch.distributed.checkpoint as dcp
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from cosup import cards
+from cosup import cards, files, shards
 from cosup.data.collate import GenCtxCollator
 from cosup.data.schema import Passage
 from cosup.generate import RetrievalGeneration
@@ -88,9 +84,13 @@ class GenCtxConfig:
     max_passage_length: int = 128
 
     def __post_init__(self) -> None:
-        for name, kind in (("pooling", Pooling), ("mode", Mode)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name}: wanted one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal:
+                if value not in get_args(kind):
+                    raise ValueError(f"{name}: wanted one of {', '.join(get_args(kind))}, got {value!r}")
+            elif type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{name}: wanted {kind.__name__}, got {value!r}")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature: wanted a positive number, got {self.temperature}")
         if not (self.nsp_weight >= 0 and math.isfinite(self.nsp_weight)):
@@ -117,22 +117,26 @@ class GenCtxConfig:
     def of_saved(cls, folder: str | Path) -> "GenCtxConfig | None":
         """The config of a folder that `GenCtxModel.save_pretrained` wrote; None where it is not one.
 
-        Raises ValueError for a config of another format.
+        Raises ValueError, naming the file, for a config of another format or with what is none of its values.
         """
-        path = Path(folder) / _CONFIG
+        return files.read(folder, _CONFIG, cls.in_place)
+
+    @classmethod
+    def in_place(cls, place: Path) -> "GenCtxConfig | None":
+        path = place / _CONFIG
         if not path.is_file():
             return None
-        try:
+        with files.readable(path):
             choices = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(choices, dict):
+                raise ValueError(f"wanted a JSON object, got {type(choices).__name__}")
             version = choices.pop("format_version", None)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path}: wanted the config of a pair as JSON, got {error}") from error
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{path}: wanted format_version {FORMAT_VERSION}, got {version!r}")
-        unknown = set(choices) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"{path}: wanted the fields of GenCtxConfig, got {sorted(unknown)}")
-        return cls(**choices)
+            if version != FORMAT_VERSION:
+                raise ValueError(f"{path}: wanted format_version {FORMAT_VERSION}, got {version!r}")
+            unknown = set(choices) - {field.name for field in fields(cls)}
+            if unknown:
+                raise ValueError(f"{path}: wanted the fields of GenCtxConfig, got {sorted(unknown)}")
+            return cls(**choices)
 
 
 class GenCtxOutput(NamedTuple):
@@ -233,7 +237,23 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
 
         Raises ValueError, naming the argument and the folder or hub id, where one cannot be loaded.
         """
-        root, kept = Path(gen), GenCtxConfig.of_saved(gen)
+        return files.read(
+            gen, _CONFIG, lambda place: cls._read(gen, place, ctx, config, dtype, attn_implementation, num_layers)
+        )
+
+    @classmethod
+    def _read(
+        cls,
+        gen: str | Path,
+        place: Path,
+        ctx: str | Path | None,
+        config: GenCtxConfig | None,
+        dtype: torch.dtype,
+        attn_implementation: str | None,
+        num_layers: int | None,
+    ) -> "GenCtxModel":
+        """place: where the files of the saved pair `gen` are now."""
+        root, kept = Path(gen), GenCtxConfig.in_place(place)
         inside = [path.parent.name for path in root.glob(f"checkpoint-*/{_CONFIG}")]
         if inside and kept is None and not (root / "config.json").is_file():
             raise ValueError(f"gen: wanted a saved pair, got the folder {str(gen)!r} of {', '.join(sorted(inside))}")
@@ -243,78 +263,65 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
                 raise ValueError(f"ctx: wanted none beside the saved pair {str(gen)!r}, got {str(ctx)!r}")
             if config.shared_weights != kept.shared_weights:
                 raise ValueError(f"config: wanted shared_weights={kept.shared_weights} as in {gen}, got the contrary")
-            gen, ctx = root / "gen", root / "ctx"
+            gen, ctx = place / "gen", place / "ctx"
         elif config.shared_weights and ctx is not None:
             raise ValueError(f"ctx: wanted none with shared_weights, got {str(ctx)!r}")
         ctx = None if config.shared_weights else ctx or gen
 
-        in_parts = kept is not None and (root / SHARDS / ".metadata").is_file()  # written last
+        in_parts = kept is not None and (place / SHARDS).is_dir()
         options: dict[str, Any] = {"dtype": dtype, "num_layers": num_layers, "attn_implementation": attn_implementation}
-        options["weights"] = not in_parts
+        options["saved"] = None if kept is None else "in parts" if in_parts else "whole"
         gen_model, gen_tokenizer = load("gen", AutoModelForCausalLM, gen, **options)
         ctx_model, ctx_tokenizer = (None, None) if ctx is None else load("ctx", AutoModel, ctx, **options)
         model = cls(gen_model, ctx_model, gen_tokenizer, ctx_tokenizer, config)
         if in_parts:
-            model.load_shards(root)
+            model.load_shards(place)
         elif kept is not None:
-            extra = load_file(root / _EXTRA) if (root / _EXTRA).is_file() else {}
-            for name, tensor in model._extra(model.state_dict()).items():
-                if name in extra:
-                    tensor.copy_(extra[name])
-                elif name == "projection":
-                    raise ValueError(f"gen: wanted a projection in {root / _EXTRA}, got none")
+            model._read_extra(place / _EXTRA)
         if kept is not None:
             if model.log_temperature is not None and config.temperature != kept.temperature:
                 model.log_temperature.data.fill_(math.log(config.temperature))
-            model.base_models, model.training_figures = cards.read(root)
+            model.base_models, model.training_figures = cards.read(place)
         return model
 
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write gen/ and ctx/ (each a model folder of transformers with its tokenizer), the rest and the config.
 
-        The config is written last: a folder without it is not a saved pair. README.md is the pair's card; one that a
-        user wrote stays as it is.
+        A pair that is there is replaced at once: whoever reads meanwhile, and whatever goes wrong, finds the old or the
+        new. README.md is the pair's card; one that a user wrote stays as it is, and so does all that is no pair's.
 
         Args:
             folder: made where it is not there.
             state_dict: the weights to write, where the model itself holds shards of them; {}: all but weights.
+
+        Raises OSError naming the folder where it cannot be written.
         """
         weights = self.state_dict() if state_dict is None else state_dict
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _CONFIG).unlink(missing_ok=True)
-        shutil.rmtree(folder / SHARDS, ignore_errors=True)  # weights that stood here
-        for half in ("gen",) if self.config.shared_weights else ("gen", "ctx"):
-            for path in folder.glob(f"{half}/*.safetensors*"):
-                path.unlink()
-        (folder / _EXTRA).unlink(missing_ok=True)
-        self.gen.save_pretrained(folder / "gen", state_dict=_below("gen.", weights))
-        self.gen_tokenizer.save_pretrained(folder / "gen")
-        if not self.config.shared_weights:
-            self.ctx.save_pretrained(folder / "ctx", state_dict=_below("ctx.", weights))
-            self.ctx_tokenizer.save_pretrained(folder / "ctx")
-        if extra := self._extra(weights):
-            save_file({name: tensor.detach().contiguous() for name, tensor in extra.items()}, folder / _EXTRA)
-        cards.write(folder, *self._card())
-        text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self.config)}, indent=2) + "\n"
-        part = folder / (_CONFIG + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / _CONFIG)
+        with files.updated(folder, goes=_weights_of, stays=cards.is_of_user) as part:
+            self.gen.save_pretrained(part / "gen", state_dict=_below("gen.", weights))
+            self.gen_tokenizer.save_pretrained(part / "gen")
+            if not self.config.shared_weights:
+                self.ctx.save_pretrained(part / "ctx", state_dict=_below("ctx.", weights))
+                self.ctx_tokenizer.save_pretrained(part / "ctx")
+            if extra := self._extra(weights):
+                save_file({name: tensor.detach().contiguous() for name, tensor in extra.items()}, part / _EXTRA)
+            cards.write(part, *self._card())
+            choices = {"format_version": FORMAT_VERSION, **asdict(self.config)}
+            (part / _CONFIG).write_text(json.dumps(choices, indent=2) + "\n", encoding="utf-8")
 
     def load_shards(self, folder: str | Path) -> None:
         """Read the weights of a checkpoint in parts, whichever number of processes wrote it.
 
-        Each process reads what it holds: all, or its shards. Raises ValueError for weights that are not there.
+        Each process reads what it holds: all, or its shards. Raises ValueError, naming the folder, for weights that are
+        not there, of other shapes or damaged.
         """
-        state, reader = get_model_state_dict(self), FileSystemReader(Path(folder) / SHARDS)
-        there = reader.read_metadata().state_dict_metadata
+        state, parts = get_model_state_dict(self), Path(folder) / SHARDS
+        there = shards.names(parts)
         missing = [name for name in state if f"model.{name}" not in there]
         if set(missing) - {"log_temperature"}:  # that may be trained from now on
             raise ValueError(f"folder: wanted {missing[0]} in {folder}, got none")
         state = {name: tensor for name, tensor in state.items() if name not in missing}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")  # that a process loads by itself
-            dcp.load({"model": state}, storage_reader=reader, no_dist=True)
+        shards.load({"model": state}, parts, no_dist=True)
         set_model_state_dict(self, state, options=StateDictOptions(strict=False))
 
     def push_to_hub(
@@ -485,9 +492,26 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         names = {"projection": "projection.weight", "log_temperature": "log_temperature"}
         return {short: weights[name] for short, name in names.items() if name in weights}
 
+    def _read_extra(self, path: Path) -> None:
+        with files.readable(path):
+            extra = load_file(path) if path.is_file() else {}
+            for name, tensor in self._extra(self.state_dict()).items():
+                if name in extra and extra[name].shape == tensor.shape:
+                    tensor.copy_(extra[name])
+                elif name in extra:
+                    raise ValueError(f"{name}: wanted {list(tensor.shape)}, got {list(extra[name].shape)}")
+                elif name == "projection":
+                    raise ValueError("wanted a projection, got none")
+
 
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _weights_of(folder: Path) -> Iterable[Path]:
+    """The files of a pair that are of no use beside those of another."""
+    patterns = ("gen/*.safetensors*", "ctx/*.safetensors*", _EXTRA, f"{SHARDS}/*", f"{SHARDS}/.metadata")
+    return (path for pattern in patterns for path in folder.glob(pattern))
 
 
 def _hub_ids(half: PreTrainedModel) -> list[str]:

@@ -31,6 +31,7 @@ from cosup.data import smollm2 as smollm2_data
 from cosup.data import wiki as wiki_data
 from cosup.demo import autocast, console, fast_bfloat16, step
 from cosup.evaluate import evaluate
+from cosup.files import write_text
 from cosup.index import SequenceIndex
 from cosup.model import GenCtxConfig, GenCtxModel
 from cosup.train import CoSupConfig, CoSupTrainer
@@ -80,7 +81,7 @@ def run(out: Path, *, queries: int = QUERIES, dtype: str = "auto") -> list[dict[
         with step(f"train and evaluate {setting}"):
             rows.append(_alone(_go_on, start, setting, queries, bf16))
     _show(rows, queries, bf16, time.perf_counter() - began)
-    (out / "pools.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_text(out / "pools.json", json.dumps(rows, indent=2) + "\n")
     return rows
 
 

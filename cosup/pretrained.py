@@ -6,12 +6,14 @@ The head is computed by the losses, never here; so a model whose head is of anot
 """
 
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -38,16 +40,17 @@ def load(
     dtype: torch.dtype,
     attn_implementation: str | None,
     num_layers: int | None,
-    weights: bool = True,
+    saved: Literal["whole", "in parts"] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or hub id. num_layers: keep the first layers; None: all.
 
     attn_implementation: "auto", for the first of `flash_attention` that there is; else as in transformers.
 
-    weights=False: the folder has none, and those of the model are to be overwritten.
+    saved: it is of a pair that cosup saved, whose weights are safetensors; "in parts": they are not in this folder, and
+    those of the model are to be overwritten.
 
-    Raises ValueError, naming the role and the folder or hub id: not there, of another kind, without some weights, fewer
-    layers.
+    Nothing that a folder or a repository says is run. Raises ValueError, naming the role and the folder or hub id: not
+    there, of another kind, without some weights, damaged, fewer layers.
     """
     path = str(name)
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():  # no hub id
@@ -55,26 +58,31 @@ def load(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no report of the layers and heads left out on purpose
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if num_layers is not None:
             _keep_layers(config.get_text_config(), num_layers)
         if attn_implementation == "auto":
             attn_implementation = flash_attention(auto._model_mapping.get(type(config), None), config, dtype)
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
-        if not weights:
-            model = auto.from_config(config, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if saved == "in parts":
+            model = auto.from_config(config, trust_remote_code=False, **options)
             if model.can_generate():
                 model.generation_config = GenerationConfig.from_pretrained(name)
-            return model.eval(), AutoTokenizer.from_pretrained(name)
-        model, report = auto.from_pretrained(name, config=config, output_loading_info=True, **options)  # type: ignore[misc]
+            return model.eval(), tokenizer
+        options |= {"config": config, "use_safetensors": True if saved else None, "output_loading_info": True}
+        model, report = auto.from_pretrained(name, trust_remote_code=False, **options)  # type: ignore[misc]
         missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
         if missing:  # transformers fills them at random
             raise ValueError(f"no weights there for {len(missing)} of {type(model).__name__}, {missing[0]} the first")
-        return model, AutoTokenizer.from_pretrained(name)
+        return model, tokenizer
     except ImportError as error:
         raise ValueError(f"{role}: {error}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{role}: wanted a model folder or hub id, got {str(name)!r}: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of transformers, for what a file may hold: of many kinds
+        reason = _damaged(Path(path)) or error
+        raise ValueError(f"{role}: wanted a model folder or hub id, got {str(name)!r}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -290,6 +298,22 @@ def _keep_layers(config: Any, num_layers: int) -> None:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
     config.num_hidden_layers = num_layers
+
+
+def _damaged(folder: Path) -> str | None:
+    """The first file that is not whole, and why, for transformers does not always name it."""
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            if path.suffix == ".json":
+                found = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(found, dict):
+                    return f"{path}: wanted a JSON object, got {type(found).__name__}"
+            else:
+                with safe_open(path, framework="pt"):
+                    pass
+        except (SafetensorError, OSError, ValueError) as error:
+            return f"{path}: {error}"
+    return None
 
 
 def _weight(module: Any) -> Tensor:

@@ -28,11 +28,17 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from cosup import files, shards
 from cosup.contrastive import GATHERS
 from cosup.data.collate import micro_batches
 from cosup.data.schema import Instance, Passage, read_instances, read_passages
@@ -43,6 +49,7 @@ from cosup.nn import CandidateQueue
 from cosup.walk import default_workspace, set_default_workspace
 
 _STATE, _INTERVAL, _QUEUE = "trainer_state.json", "cosup_interval.json", "cosup_queue.safetensors"
+_OPTIMIZER, _SCHEDULE = "optimizer", "scheduler.pt"  # as accelerate and transformers name them
 _FIGURES = [
     when + name for when in ("", "eval_") for name in ("loss", "ntp_loss", "nsp_loss", "retrieval_accuracy")
 ]
@@ -160,10 +167,8 @@ class CoSupConfig(TrainingArguments):
         """
         parser = HfArgumentParser(cls, prog="cosup train", exit_on_error=False, allow_abbrev=False)  # type: ignore[arg-type]
         if yaml_file is not None:
-            try:
+            with files.readable(Path(yaml_file)):
                 values = yaml.safe_load(Path(yaml_file).read_text(encoding="utf-8")) or {}
-            except yaml.YAMLError as error:
-                raise ValueError(f"{yaml_file}: {error}") from error
             if not isinstance(values, dict):
                 raise ValueError(f"{yaml_file}: wanted a mapping of names to values, got {type(values).__name__}")
             unknown = [str(name) for name in values if name not in {f.name for f in fields(cls)}]
@@ -240,7 +245,7 @@ class CoSupTrainer(Trainer):
             self._check_ranks()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         self._in_parts = plugin is not None and "SHARDED" in str(plugin.state_dict_type)  # what checkpoints are
-        self._saves_checkpoint = False
+        self._saves_in: str | None = None  # where a checkpoint is being written
         self._reset_interval()
         self._micro_batch_size: int | None = getattr(args, "micro_batch_size", None)
         self._group = dist.group.WORLD if args.world_size > 1 else None
@@ -302,10 +307,13 @@ class CoSupTrainer(Trainer):
         A resumed run goes on exactly, with as many processes: on the CPU its losses are those of a run that was never
         stopped, bit for bit. So the losses take the memory budget that is saved in the checkpoint, whatever is free now
         (on a device of the same kind); it is the process's default from then on.
-        Raises ValueError where there is no whole checkpoint (a run killed while saving leaves a part of one).
+        Raises ValueError where there is no whole checkpoint, and naming the file where one is damaged.
         """
         if resume_from_checkpoint in (True, "last"):
-            resume_from_checkpoint = _last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                wanted = f"wanted a whole checkpoint in {self.args.output_dir}, found none"
+                raise ValueError(f"resume_from_checkpoint: {wanted}")
         elif resume_from_checkpoint and not _is_whole(Path(str(resume_from_checkpoint))):
             raise ValueError(f"resume_from_checkpoint: wanted a whole checkpoint, got {str(resume_from_checkpoint)!r}")
         self._reset_interval()
@@ -633,7 +641,7 @@ class CoSupTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the pair to output_dir (None: that of args). All processes call it; sharded weights come together."""
         if self._in_parts:  # transformers writes a checkpoint's parts, with the optimizer's state
-            self._save(output_dir, {} if self._saves_checkpoint else self.accelerator.get_state_dict(self.model))
+            self._save(output_dir, {} if self._saves_in else self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -653,14 +661,34 @@ class CoSupTrainer(Trainer):
         """Called by transformers' push_to_hub, after the pair was saved with the card of its own."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if self.args.should_save:  # one of an earlier run; it is written last, and makes a checkpoint whole
-            (folder / _STATE).unlink(missing_ok=True)
-        self._saves_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saves_checkpoint = False
+        """Written beside and renamed when whole; one that is there from an earlier run stays until then."""
+        run = self._get_output_dir(trial)
+        folder = Path(run, f"checkpoint-{self.state.global_step}")
+        writes = files.updated(folder, goes=_all_of) if self.args.should_save else nullcontext()
+        with writes as part:
+            places = self._of_all_ranks(part and str(part.parent))
+            here = self.args.process_index - self.args.local_process_index  # with save_on_each_node
+            self._saves_in = places[here] or places[0]
+            try:
+                super()._save_checkpoint(model, trial)
+                if self.state.best_model_checkpoint == str(Path(self._saves_in, folder.name)):
+                    self.state.best_model_checkpoint = str(folder)
+                    if part is not None:
+                        self.state.save_to_json(str(part / _STATE))
+            finally:
+                self._saves_in = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+            rotate_checkpoints(run, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._saves_in or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._saves_in is None:  # else it is not whole yet
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -691,15 +719,23 @@ class CoSupTrainer(Trainer):
             save_file(self.queue.state_dict(), Path(output_dir, _QUEUE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and Path(checkpoint, SHARDS).is_dir() != self._in_parts:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if (folder / SHARDS).is_dir() != self._in_parts:
             forms = ["SHARDED_STATE_DICT", "none such"][:: -1 if self._in_parts else 1]
             raise ValueError(f"fsdp_config: wanted state_dict_type {forms[0]} as in {checkpoint}, got {forms[1]}")
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            path = Path(checkpoint, _INTERVAL)
-            if not path.is_file():
-                raise ValueError(f"resume_from_checkpoint: wanted optimizer state in {checkpoint}, got weights only")
-            interval = json.loads(path.read_text(encoding="utf-8"))
+        if not (folder / _INTERVAL).is_file():
+            raise ValueError(f"resume_from_checkpoint: wanted optimizer state in {checkpoint}, got weights only")
+        if self._in_parts:
+            self._load_optimizer_in_parts(folder)
+        else:
+            with files.readable(folder / _SCHEDULE):
+                torch.load(folder / _SCHEDULE, weights_only=True)
+            with files.readable(folder / (f"{_OPTIMIZER}.bin" if self.is_fsdp_enabled else f"{_OPTIMIZER}.pt")):
+                super()._load_optimizer_and_scheduler(checkpoint)
+        with files.readable(folder / _INTERVAL):
+            interval = json.loads((folder / _INTERVAL).read_text(encoding="utf-8"))
             self._sums = torch.tensor(interval["sums"], dtype=torch.float64, device=self.args.device)
             self._steps, self._seconds, self._mark = interval["steps"], interval["seconds"], time.perf_counter()
             workspaces = interval.get("workspaces", [])  # none: an older checkpoint
@@ -707,13 +743,32 @@ class CoSupTrainer(Trainer):
                 kind, workspace = workspaces[self.args.process_index]
                 if kind == self._kind_of_device():  # bits of another kind differ anyway
                     set_default_workspace(self._sums.device, workspace)
-            path = Path(checkpoint, _QUEUE)
-            kept = load_file(path) if path.is_file() else {}
-            sizes = len(kept.get("ids", ())), 0 if self.queue is None else len(self.queue.ids)
-            if sizes[0] != sizes[1]:
-                raise ValueError(f"queue_size: wanted {sizes[0]} as in {checkpoint}, got {sizes[1]}")
-            if self.queue is not None:
-                self.queue.load_state_dict(kept)
+        with files.readable(folder / _QUEUE):
+            kept = load_file(folder / _QUEUE) if (folder / _QUEUE).is_file() else {}
+        sizes = len(kept.get("ids", ())), 0 if self.queue is None else len(self.queue.ids)
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"queue_size: wanted {sizes[0]} as in {checkpoint}, got {sizes[1]}")
+        if self.queue is not None:
+            self.queue.load_state_dict(kept)
+
+    def _load_optimizer_in_parts(self, checkpoint: Path) -> None:
+        """As accelerate's load_fsdp_optimizer, which reads with pickle."""
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        state = {"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+        shards.load(state, checkpoint / f"{_OPTIMIZER}_0")
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        with files.readable(checkpoint / _SCHEDULE):
+            schedule = torch.load(checkpoint / _SCHEDULE, weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        with files.readable(Path(str(checkpoint), f"rng_state{rank}.pth")):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with files.readable(Path(str(checkpoint), "scaler.pt")):
+            super()._load_scaler(checkpoint)
 
 
 def _parts(mode: str, losses: tuple[float, float], hits: float, queries: float) -> dict[str, float]:
@@ -736,12 +791,11 @@ def _peak_memory_MB(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def _last_checkpoint(output_dir: str | None) -> str:
+def last_checkpoint(output_dir: str | Path | None) -> str | None:
+    """The last whole checkpoint of a run; None where there is none yet."""
     folders = Path(output_dir or ".").glob("checkpoint-*")
     whole = [folder for folder in folders if folder.name[11:].isdigit() and _is_whole(folder)]
-    if not whole:
-        raise ValueError(f"resume_from_checkpoint: wanted a whole checkpoint in {output_dir}, found none")
-    return str(max(whole, key=lambda folder: int(folder.name[11:])))
+    return str(max(whole, key=lambda folder: int(folder.name[11:]))) if whole else None
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -751,3 +805,7 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _all_of(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if not path.is_dir())

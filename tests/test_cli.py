@@ -131,6 +131,40 @@ def test_another_run_is_not_taken_up_unasked(files):
     assert "holds checkpoints; add --resume" in str(result.exception)
 
 
+@pytest.mark.parametrize("left", [[], ["checkpoint-1"], [".checkpoint-1.abcdefgh.part/checkpoint-1"]])
+def test_a_run_resumed_before_its_first_checkpoint_begins(left, files, tmp_path):
+    """A job that is queued again says --resume always; it may have been killed while the first one was written."""
+    out = tmp_path / "out"
+    for folder in left:
+        (out / folder).mkdir(parents=True)
+    arguments = ["train", "--gen", files / "gen", "--instances", files / "instances.jsonl", "--passages"]
+    arguments += [files / "passages.jsonl", "--output_dir", out, "--max_steps", 2, "--save_steps", 1, "--use_cpu", "1"]
+    run(*arguments, "--resume")
+    assert sorted(path.name for path in out.glob("*") if "checkpoint" in path.name) == ["checkpoint-1", "checkpoint-2"]
+    run(*arguments, "--resume")
+    assert json.loads((out / "checkpoint-2/trainer_state.json").read_text())["global_step"] == 2
+
+
+@pytest.mark.parametrize("mistake", ["config", "text", "bytes", "offline", "package"])
+def test_what_the_user_can_mend_is_one_line(mistake, files, command, monkeypatch, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes({"config": b"a: [1,\n b", "bytes": b"\x80"}.get(mistake, b"text \x80"))
+    train = ["train", "--gen", files / "gen", "--instances", files / "instances.jsonl", "--passages"]
+    train += [files / "passages.jsonl", "--output_dir", tmp_path / "out", "--use_cpu", "true"]
+    if mistake in ("config", "bytes"):
+        code, out, errors = command(*train, "--config", path)
+    elif mistake == "text":
+        code, out, errors = command("bench", "hidden-states", files / "gen", path, tmp_path / "x.safetensors")
+    elif mistake == "package":
+        code, out, errors = command(*train, "--deepspeed", path)
+    else:
+        offline = type("ConnectError", (Exception,), {"__module__": "httpx2"})("no network, " + str(path))
+        monkeypatch.setattr("cosup.model.GenCtxModel.from_pretrained", lambda *_, **__: (_ for _ in ()).throw(offline))
+        code, out, errors = command("index", files / "gen", files / "passages.jsonl", tmp_path / "x")
+    assert code == 1 and "Traceback" not in out + errors and "error: " in errors
+    assert mistake == "package" or str(path) in errors
+
+
 @pytest.mark.parametrize("capability, runs", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_a_gpu_too_old_for_triton_takes_the_pytorch_path(capability, runs, monkeypatch):
     """An x that says it is on a GPU; no kernel is launched."""

@@ -225,7 +225,7 @@ def test_a_saved_half_is_a_model_folder_of_transformers(tmp_path):
     assert torch.equal(again.lm_head[0], pair().lm_head[0])
 
 
-def test_saving_over_a_pair_leaves_nothing_stale_and_half_a_save_is_no_pair(tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_pair_of_before(tmp_path, monkeypatch):
     pair().save_pretrained(tmp_path)
 
     def fail(*_, **__):
@@ -235,14 +235,16 @@ def test_saving_over_a_pair_leaves_nothing_stale_and_half_a_save_is_no_pair(tmp_
     monkeypatch.setattr(model.ctx, "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="gen: wanted a model folder"):
-        GenCtxModel.from_pretrained(tmp_path)
+    assert GenCtxModel.from_pretrained(tmp_path).config == pair().config
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_pair_saved_over_one_in_parts_is_read_and_a_part_of_one_is_not(tmp_path):
     in_parts(pair(), tmp_path)
     (tmp_path / SHARDS / ".metadata").unlink()
-    with pytest.raises(ValueError, match="gen: wanted a model folder"):
+    with pytest.raises(ValueError, match=f"{SHARDS}/.metadata: unreadable: .*No such file"):
         GenCtxModel.from_pretrained(tmp_path)
     in_parts(pair(), tmp_path)
     model = pair()
@@ -272,12 +274,32 @@ def test_the_folder_of_checkpoints_is_told_from_a_pair(tmp_path):
         GenCtxModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "\x80"])
 def test_a_damaged_config_is_named(text, tmp_path):
     pair().save_pretrained(tmp_path)
-    (tmp_path / "cosup_config.json").write_text(text)
-    with pytest.raises(ValueError, match="cosup_config.json: wanted the config of a pair as JSON"):
+    (tmp_path / "cosup_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{tmp_path}/cosup_config.json: unreadable: "):
         GenCtxModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", value) for value in ("0.05", None, True, [1], {})),
+        *(("max_length", value) for value in ("9", 9.0, None, True)),
+        *(("shared_weights", value) for value in (0, "no", None)),
+        *(("pooling", value) for value in (1, ["mean"], None)),
+        ("nsp_weight", "1"),
+    ],
+)
+def test_a_value_of_another_type_is_named(name, value, tmp_path):
+    pair().save_pretrained(tmp_path)
+    path = tmp_path / "cosup_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=f"{path}: unreadable: {name}: wanted "):
+        GenCtxModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{name}: wanted "):
+        GenCtxConfig(**{name: value})
 
 
 def test_the_mean_over_tokens_keeps_the_digits_of_float64():

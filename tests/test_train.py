@@ -1,6 +1,9 @@
 """CoSupTrainer: the loss it trains, what it logs, and that a stopped run goes on exactly."""
 
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -518,7 +521,9 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
     with pytest.raises(Died):
         trainer.train()
     half = tmp_path / "checkpoint-8"
-    assert half.exists()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4"]
+    shutil.copytree(tmp_path / "checkpoint-4", half)  # as another program might have left it
+    (half / "trainer_state.json").unlink()
     with pytest.raises(ValueError, match="resume_from_checkpoint: wanted a whole checkpoint, got '.*checkpoint-8'"):
         make_trainer(tmp_path, max_steps=8).train(resume_from_checkpoint=str(half))
     resumed = make_trainer(tmp_path, max_steps=8)
@@ -527,13 +532,35 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
     assert (half / "trainer_state.json").exists()
 
 
-def test_saving_over_a_whole_checkpoint_unmakes_it_first(tmp_path, monkeypatch):
+def test_a_checkpoint_of_before_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     make_trainer(tmp_path, max_steps=4).train()
     trainer = make_trainer(tmp_path, max_steps=4)
-    monkeypatch.setattr(trainer.model, "save_pretrained", lambda *_: sys.exit("killed"))
+    monkeypatch.setattr(trainer, "_save_rng_state", lambda *_: sys.exit("killed"))
     with pytest.raises(SystemExit):
         trainer.train()
-    with pytest.raises(ValueError, match="found none"):
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4"]
+    make_trainer(tmp_path, max_steps=8).train(resume_from_checkpoint=True)
+
+
+def test_the_best_checkpoint_has_its_place_and_old_ones_go(trainer_of, tmp_path):
+    options = dict(eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2, save_total_limit=2)
+    options |= dict(load_best_model_at_end=True, max_steps=8, learning_rate=1e-2)
+    trainer = trainer_of(shared(tiny_gen()), eval_dataset=tiny_instances(8), **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
+    checkpoints = sorted(tmp_path.iterdir())
+    assert len(checkpoints) == 2 and all(re.fullmatch(r"checkpoint-\d", path.name) for path in checkpoints)
+    for checkpoint in checkpoints:
+        named = json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"]
+        assert Path(named).parent == tmp_path
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "cosup_interval.json"])
+def test_a_damaged_file_of_a_checkpoint_is_named(name, tmp_path):
+    make_trainer(tmp_path, max_steps=4).train()
+    path = tmp_path / "checkpoint-4" / name
+    path.write_bytes(path.read_bytes()[:9])
+    with pytest.raises(ValueError, match=f"{path}: unreadable"):
         make_trainer(tmp_path, max_steps=8).train(resume_from_checkpoint=True)
 
 

@@ -7,10 +7,12 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from fsdp_on_cpus import FSDPOnCPUs
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
 from train_worker import machine, make_trainer
@@ -199,7 +201,8 @@ def resumed(config: type[CoSupConfig] = CoSupConfig, **options):
         free = [1 << 30, 1 << 20] if runs[0].args.process_index else [1 << 20, 1 << 30]
         with machine(free[0]):
             runs[0].train()
-        with machine(free[1]):
+        unpickled = AssertionError("a checkpoint was unpickled")
+        with machine(free[1]), mock.patch.object(FileSystemReader, "read_metadata", side_effect=unpickled):
             runs[1].train(resume_from_checkpoint=str(folder / "checkpoint-4"))
         names = ("loss", "ntp_loss", "nsp_loss", "retrieval_accuracy", "grad_norm", "step")
         return {

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 from cosup.bench import report
 from cosup.bench.gpu.recorder import Recorder, lines_of, text_of
 from cosup.doctor import version
+from cosup.files import write_text
 
 ROOM = 10_000  # characters of the table that is printed last
 SLOWER = 5  # times a stage's limit where there is no GPU
@@ -148,7 +149,7 @@ class _Campaign:
         same = {line["stage"]: line["of"] for line in ended}
         self.done = {stage.name for stage in (*STAGES, *TUNING) if same.get(stage.name) == self.of(stage)}
         kept = [line for line in earlier if line["stage"] in self.done]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         os.environ.setdefault("TRITON_INTERPRET", str(int(self.gpu is None)))  # before anything imports triton
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # for each of several stages at once
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else who asks for CUDA before a fork breaks it

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cosup.bench.gpu import prototypes
 from cosup.bench.gpu.recorder import Found, Recorder, off
+from cosup.files import write_text
 from cosup.kernels import product, rows, scale, tile_grad, tile_stats
 from cosup.kernels.reference import ColumnState, RowState
 from cosup.kernels.target_dots import target_dots
@@ -140,7 +141,7 @@ def tune(stage: Recorder, what: str) -> None:
         stage.line(f"best, {name}", **sizes)
     path = Path(stage.path).with_name("tuned.json")
     known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(known | {what: best}, indent=1) + "\n")
+    write_text(path, json.dumps(known | {what: best}, indent=1) + "\n")
 
 
 def _best_sizes(stage: Recorder, what: str) -> Iterator[tuple[str, Found]]:

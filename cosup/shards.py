@@ -1,0 +1,94 @@
+"""A checkpoint in parts (torch.distributed.checkpoint), read without running anything that it says.
+
+torch reads the table of contents of such a folder with pickle, which can call any function. Here it is read by an
+unpickler that admits the classes of that table alone, and values that are no tensors by torch's `weights_only`.
+"""
+
+import io
+import pickle
+import warnings
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from cosup.files import readable
+
+_METADATA = ".metadata"
+_TABLE = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+}
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")  # where it was saved
+
+
+def names(folder: Path) -> set[str]:
+    """What the checkpoint holds. Raises ValueError where its table of contents is not readable, or is more than one."""
+    return set(_Reader(folder).read_metadata().state_dict_metadata)
+
+
+def load(state: dict[str, Any], folder: Path, *, no_dist: bool = False) -> None:
+    """Read `state`, in place, whichever number of processes wrote it; each reads what it holds.
+
+    no_dist: this process loads by itself, whatever the others do.
+
+    Raises ValueError naming the folder for what is damaged, of other shapes, or not there.
+    """
+    with readable(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # that a process loads by itself
+        try:
+            dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=no_dist)
+        except CheckpointException as error:  # which is no Exception
+            raise ValueError(f"{folder}: {error}") from error
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        path = Path(self.path, _METADATA)
+        with readable(path):
+            with open(path, "rb") as file:
+                metadata = _Unpickler(file).load()
+            if not isinstance(metadata, Metadata):
+                raise ValueError(f"wanted Metadata, got {type(metadata).__name__}")
+            for info in metadata.storage_data.values():
+                if Path(info.relative_path).name != info.relative_path:
+                    raise ValueError(f"wanted the name of a file of this folder, got {info.relative_path!r}")
+            metadata.storage_meta = StorageMeta(load_id=self.load_id)
+            return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        if isinstance(self.state_dict[name], torch.Tensor):
+            raise ValueError(f"{name}: wanted a tensor, got a value that is none")
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)  # the base class unpickles anything, so it gets ours
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _TABLE.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module in ("pathlib", "pathlib._local") and name in _PATHS:
+            return PurePosixPath
+        raise ValueError(f"wanted the table of contents of tensors, got {module}.{name}")

@@ -91,7 +91,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def write(folder: str | Path, facts: Mapping[str, Any], body: str) -> None:
-    """Write the card of a folder, unless there is a user's."""
+    """Write the card of a folder, unless its user wrote one."""
     path = Path(folder) / CARD
     if not is_of_user(path):
         front = yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True)
@@ -99,7 +99,7 @@ def write(folder: str | Path, facts: Mapping[str, Any], body: str) -> None:
 
 
 def is_of_user(path: Path) -> bool:
-    """Whether this is a card that its user wrote: one without MARKER."""
+    """Whether this is a card without MARKER, written by a user."""
     return path.name == CARD and path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace")
 
 

@@ -1,12 +1,13 @@
-"""Written whole or not at all: a file or a folder gets its name when it is done, and on the disk.
+"""Atomic writes: a file or folder is replaced only once the new content is complete and flushed to disk.
 
-    .name.xxxxxxxx.part/name    written here, beside its place, and flushed
-    a file, a new folder        renamed into its place
-    a folder that is there      renamed to .next within it: from then on that is what it holds, and what `read` reads,
-                                until the last of its files is in its own place
+    .name.xxxxxxxx.part/name    temporary folder beside the target, where the new content is written
+    file, new folder            renamed to the target
+    existing folder             renamed to .next inside the target; from then on `read` uses .next, until every file
+                                of it has been linked into its final place
 
-So whoever is killed leaves the old or the new, on a full disk too, and a .part, which the next one to write there takes
-away: its lock went with its writer. Links stay links: what they point to is written.
+If the process is killed, or the disk is full, readers find either the old or the new content. A temporary folder that a
+killed process left is removed by the next write beside it: its lock was released when the process ended. Symbolic links
+are kept: the file that they point to is replaced.
 """
 
 import os
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 
 try:
     import fcntl
-except ImportError:  # Windows: parts of killed writers stay
+except ImportError:  # Windows: temporary folders of killed processes stay
     fcntl = None  # type: ignore[assignment]
 
 _NEXT = ".next"
@@ -32,14 +33,15 @@ T = TypeVar("T")
 
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
-    """A path to write a file to, which takes the place of `path` when the block ends without an error.
+    """Yield a temporary path to write a file to; it replaces `path` when the block ends without an error.
 
-    The folder that it is in is this writer's alone, and goes with all that is left in it.
+    Its parent folder is private to this writer and is removed with everything left in it.
 
-    Raises OSError naming `path` where it cannot be written.
+    Raises:
+        OSError: `path` cannot be written; the error names it.
     """
     path = _target(path)
-    if path.exists() and not path.is_file() and not path.is_dir():  # a device, a pipe
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device or pipe
         yield path
         return
     with _naming(path):
@@ -50,7 +52,7 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """The text in UTF-8, as a file that is whole or as it was before."""
+    """Replace the file by this text, in UTF-8."""
     with replaced(path) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -61,16 +63,17 @@ def updated(
     goes: Callable[[Path], Iterable[Path]] = lambda folder: (),
     stays: Callable[[Path], bool] = lambda path: False,
 ) -> Iterator[Path]:
-    """A path to make a folder at, whose files become those of `folder`, all at once, when the block ends without error.
+    """Yield a temporary path to create a folder at; when the block ends, its files replace those of `folder` at once.
 
-    Another folder around it is this writer's alone, as for `replaced`.
+    The parent folder of the path is private to this writer, as for `replaced`.
 
     Args:
-        folder: other files in it stay.
-        goes: gives the files of the folder that go where the new one has none such.
-        stays: whether this file is left as it is, whatever is new.
+        folder: Files in it that the new folder does not have are kept.
+        goes: Lists the files of `folder` to remove if the new folder does not have them.
+        stays: Tells whether an existing file is kept even if the new folder has it.
 
-    Raises OSError naming `folder` where it cannot be written.
+    Raises:
+        OSError: `folder` cannot be written; the error names it.
     """
     folder = _target(folder)
     with _naming(folder):
@@ -82,13 +85,16 @@ def updated(
             for path in (part, *part.rglob("*")):
                 _flush(path)
             if place != folder:
-                with suppress(OSError):  # another writer made it in the meantime
+                try:
                     part.rename(folder)
+                except OSError:  # another process created it meanwhile
+                    pass
+                else:
                     _flush(folder.parent)
                     return
             lock = _lock(folder)
             try:
-                _settle(folder, goes, stays)  # what a killed writer left to do
+                _settle(folder, goes, stays)  # finish the update of a killed process
                 part.rename(folder / _NEXT)
                 _flush(folder)
                 _settle(folder, goes, stays)
@@ -97,9 +103,10 @@ def updated(
 
 
 def read(folder: str | Path, key: str, reader: Callable[[Path], T]) -> T:
-    """What reader(path) makes of a folder that `updated` wrote, of one state of it, whoever writes beside.
+    """Return reader(path) for a folder that `updated` writes, repeated if another process replaced it meanwhile.
 
-    key: the name of a file that every write has.
+    Args:
+        key: Name of a file that every write of this folder has.
     """
     folder, lock = Path(folder), None
     try:
@@ -113,14 +120,14 @@ def read(folder: str | Path, key: str, reader: Callable[[Path], T]) -> T:
             else:
                 if state == _state(folder, key):
                     return found
-            lock = lock or _lock(folder, shared=True)  # it was written meanwhile: now writers wait
+            lock = lock or _lock(folder, shared=True)  # keeps writers waiting during the next attempt
     finally:
         _unlock(lock)
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """What reading `path` raises, for whichever reason, is a ValueError that names it."""
+    """Turn any error raised while `path` is read into a ValueError that names it."""
     try:
         yield
     except MemoryError:
@@ -132,7 +139,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def is_part(name: str) -> bool:
-    """Whether a file of this name is a write that is not done."""
+    """Whether this is the name of a temporary folder, or of .next."""
     return name == _NEXT or re.fullmatch(r"\..*\.[a-z0-9_]{8}\.part", name) is not None
 
 
@@ -142,13 +149,13 @@ def _target(path: str | Path) -> Path:
 
 @contextmanager
 def _part(place: Path, name: str) -> Iterator[Path]:
-    """A new path within `place`; whatever is there when the block ends is taken away."""
+    """Yield a path in a new, locked temporary folder of `place`; the folder is removed when the block ends."""
     _tidy(place)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{name[:60]}.", suffix=".part", dir=place))
         with suppress(FileNotFoundError):
             lock = _lock(folder)
-            if folder.exists():  # else another one tidied up before it was locked
+            if folder.exists():  # otherwise another process removed it before it was locked
                 break
             _unlock(lock)
     try:
@@ -159,7 +166,7 @@ def _part(place: Path, name: str) -> Iterator[Path]:
 
 
 def _tidy(folder: Path) -> None:
-    """Take away the parts that killed writers left in a folder."""
+    """Remove temporary folders of killed processes."""
     with suppress(OSError):
         for path in [path for path in folder.iterdir() if path.name != _NEXT and is_part(path.name)]:
             with suppress(OSError):
@@ -170,13 +177,13 @@ def _tidy(folder: Path) -> None:
 
 
 def _lock(folder: Path, *, shared: bool = False, wait: bool = True) -> int | None:
-    """Lock a folder until it is unlocked or this process ends; None: it cannot be. FileNotFoundError: it is gone."""
+    """Lock a folder until `_unlock` or the end of this process. Returns None if it cannot be locked."""
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # another one has it, or the file system has no locks
+    except OSError:  # held by another process, or the file system has no locks
         os.close(descriptor)
         return None
     return descriptor
@@ -188,7 +195,7 @@ def _unlock(lock: int | None) -> None:
 
 
 def _settle(folder: Path, goes: Callable[[Path], Iterable[Path]], stays: Callable[[Path], bool]) -> None:
-    """Put the files of .next into their places. It stays whole until the last is there: they are linked, not moved."""
+    """Link the files of .next into their final places, then remove it. It stays complete until then, for readers."""
     new = folder / _NEXT
     if not new.is_dir():
         return
@@ -200,14 +207,14 @@ def _settle(folder: Path, goes: Callable[[Path], Iterable[Path]], stays: Callabl
             with _part(target.parent, target.name) as part:
                 try:
                     os.link(new / name, part)
-                except OSError:  # another disk, or one without links
+                except OSError:  # on another disk, or the file system has no hard links
                     shutil.copy2(new / name, part)
                 _take(part, target)
     for path in list(goes(folder)):
         name = path.relative_to(folder)
         if name not in names and not is_part(name.parts[0]):
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # it holds more
+            with suppress(OSError):  # not empty
                 if path.parent != folder:
                     path.parent.rmdir()
     with _part(folder, folder.name) as part:
@@ -215,7 +222,7 @@ def _settle(folder: Path, goes: Callable[[Path], Iterable[Path]], stays: Callabl
 
 
 def _take(part: Path, path: Path) -> None:
-    """Rename a file to a path, and with the permissions of the one that is there."""
+    """Rename a file to `path`, keeping the permissions of the file that is there."""
     if path.exists():
         shutil.copymode(path, part)
     _flush(part)
@@ -224,8 +231,8 @@ def _take(part: Path, path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have it on the disk."""
-    with suppress(PermissionError):  # folders, on Windows
+    """Flush a file or folder to disk."""
+    with suppress(PermissionError):  # Windows cannot open folders
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -234,7 +241,7 @@ def _flush(path: Path) -> None:
 
 
 def _state(folder: Path, key: str) -> tuple[Path, Any]:
-    """Where the files of a folder are, and which write they are of."""
+    """The path to read a folder from, and a value that changes with every write."""
     place = folder / _NEXT if (folder / _NEXT).is_dir() else folder
     try:
         stat = (place / key).stat()
@@ -245,17 +252,19 @@ def _state(folder: Path, key: str) -> tuple[Path, Any]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """What cannot be written is an OSError that names the path asked for, not that of its part."""
+    """Make errors of writing name the requested path instead of the temporary one."""
     try:
         yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise OSError(f"{path}: {error}") from error
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     except OSError as error:
         if error.filename is not None and not any(is_part(part) for part in Path(os.fsdecode(error.filename)).parts):
             raise
         if error.errno is None:
-            raise OSError(f"{path}: {error}") from error
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+    except (SafetensorError, RuntimeError) as error:  # safetensors; torch.save and FAISS
+        number = re.search(r"os error (\d+)", str(error))
+        if number is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or ".part/" in str(error):
+            raise OSError(f"{path}: {error}") from error
+        raise

@@ -192,9 +192,8 @@ class SequenceIndex:
     def save(self, folder: str | Path) -> None:
         """Write the index as `folder`, in place of an index that is there.
 
-        Whatever interrupts it, and whoever reads meanwhile: `load(folder)` gives the index of before or this one.
-        Raises ValueError where `folder` holds anything that is not an index, OSError naming it where it cannot be
-        written.
+        The replacement is atomic: if saving fails or is killed, `load(folder)` returns the old index.
+        Raises ValueError if `folder` holds anything that is not an index, OSError if it cannot be written.
         """
         folder = Path(folder)
         strange = _strange(folder)
@@ -349,10 +348,7 @@ def _write(vectors: Tensor | faiss.Index, folder: Path) -> str:
     if isinstance(vectors, Tensor):
         save_file({FLAT: vectors}, folder / _FLAT)
         return _FLAT
-    try:
-        _faiss().write_index(vectors, str(folder / _FAISS))
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
+    _faiss().write_index(vectors, str(folder / _FAISS))
     return _FAISS
 
 

@@ -252,7 +252,7 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         attn_implementation: str | None,
         num_layers: int | None,
     ) -> "GenCtxModel":
-        """place: where the files of the saved pair `gen` are now."""
+        """place: the folder to read the saved pair `gen` from."""
         root, kept = Path(gen), GenCtxConfig.in_place(place)
         inside = [path.parent.name for path in root.glob(f"checkpoint-*/{_CONFIG}")]
         if inside and kept is None and not (root / "config.json").is_file():
@@ -287,14 +287,14 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write gen/ and ctx/ (each a model folder of transformers with its tokenizer), the rest and the config.
 
-        A pair that is there is replaced at once: whoever reads meanwhile, and whatever goes wrong, finds the old or the
-        new. README.md is the pair's card; one that a user wrote stays as it is, and so does all that is no pair's.
+        An existing pair is replaced atomically: if saving fails or is killed, the old pair is intact. README.md is the
+        pair's card; a card written by the user is kept, and so are all other files in the folder.
 
         Args:
             folder: made where it is not there.
             state_dict: the weights to write, where the model itself holds shards of them; {}: all but weights.
 
-        Raises OSError naming the folder where it cannot be written.
+        Raises OSError, naming the folder, if it cannot be written.
         """
         weights = self.state_dict() if state_dict is None else state_dict
         with files.updated(folder, goes=_weights_of, stays=cards.is_of_user) as part:
@@ -509,7 +509,7 @@ def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _weights_of(folder: Path) -> Iterable[Path]:
-    """The files of a pair that are of no use beside those of another."""
+    """Weight files of a saved pair, which a save removes unless it writes them anew."""
     patterns = ("gen/*.safetensors*", "ctx/*.safetensors*", _EXTRA, f"{SHARDS}/*", f"{SHARDS}/.metadata")
     return (path for pattern in patterns for path in folder.glob(pattern))
 

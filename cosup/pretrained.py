@@ -46,10 +46,10 @@ def load(
 
     attn_implementation: "auto", for the first of `flash_attention` that there is; else as in transformers.
 
-    saved: it is of a pair that cosup saved, whose weights are safetensors; "in parts": they are not in this folder, and
-    those of the model are to be overwritten.
+    saved: the folder belongs to a pair saved by cosup, whose weights are safetensors; "in parts": its weights are
+    elsewhere, and the model's are to be overwritten.
 
-    Nothing that a folder or a repository says is run. Raises ValueError, naming the role and the folder or hub id: not
+    Code in a folder or repository is never run. Raises ValueError, naming the role and the folder or hub id: not
     there, of another kind, without some weights, damaged, fewer layers.
     """
     path = str(name)
@@ -80,7 +80,7 @@ def load(
         raise ValueError(f"{role}: {error}") from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of transformers, for what a file may hold: of many kinds
+    except Exception as error:  # transformers raises many kinds for a damaged file
         reason = _damaged(Path(path)) or error
         raise ValueError(f"{role}: wanted a model folder or hub id, got {str(name)!r}: {reason}") from error
     finally:
@@ -301,7 +301,7 @@ def _keep_layers(config: Any, num_layers: int) -> None:
 
 
 def _damaged(folder: Path) -> str | None:
-    """The first file that is not whole, and why, for transformers does not always name it."""
+    """The first damaged file and the reason; transformers does not always name it."""
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         try:
             if path.suffix == ".json":

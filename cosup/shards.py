@@ -1,7 +1,7 @@
-"""A checkpoint in parts (torch.distributed.checkpoint), read without running anything that it says.
+"""Checkpoints in parts (torch.distributed.checkpoint), read without running code that they contain.
 
-torch reads the table of contents of such a folder with pickle, which can call any function. Here it is read by an
-unpickler that admits the classes of that table alone, and values that are no tensors by torch's `weights_only`.
+torch reads the table of contents of such a folder (`.metadata`) with pickle, which can call any function. Here an
+unpickler reads it that admits only the classes of that table; values other than tensors are read with `weights_only`.
 """
 
 import io
@@ -34,26 +34,28 @@ _TABLE = {
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
 }
-_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")  # where it was saved
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")  # the folder that it was saved to
 
 
 def names(folder: Path) -> set[str]:
-    """What the checkpoint holds. Raises ValueError where its table of contents is not readable, or is more than one."""
+    """Names of the saved tensors and values. Raises ValueError, naming the file, if their table is unreadable."""
     return set(_Reader(folder).read_metadata().state_dict_metadata)
 
 
 def load(state: dict[str, Any], folder: Path, *, no_dist: bool = False) -> None:
-    """Read `state`, in place, whichever number of processes wrote it; each reads what it holds.
+    """Fill `state` in place. The number of processes may differ from that of saving; each reads its own shards.
 
-    no_dist: this process loads by itself, whatever the others do.
+    Args:
+        no_dist: This process loads alone, without collectives.
 
-    Raises ValueError naming the folder for what is damaged, of other shapes, or not there.
+    Raises:
+        ValueError: A part is damaged, missing or of another shape; the error names the folder.
     """
     with readable(folder), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")  # that a process loads by itself
+        warnings.filterwarnings("ignore", "torch.distributed is")  # a single process loads
         try:
             dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=no_dist)
-        except CheckpointException as error:  # which is no Exception
+        except CheckpointException as error:  # derives from BaseException
             raise ValueError(f"{folder}: {error}") from error
 
 
@@ -78,7 +80,7 @@ class _Planner(DefaultLoadPlanner):
         if isinstance(self.state_dict[name], torch.Tensor):
             raise ValueError(f"{name}: wanted a tensor, got a value that is none")
         plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)  # the base class unpickles anything, so it gets ours
+        torch.save(torch.load(value, weights_only=True), plain)  # the base class would unpickle anything
         plain.seek(0)
         super().load_bytes(read_item, plain)
 

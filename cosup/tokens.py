@@ -67,15 +67,14 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> ControlIds:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of plain text, nothing added. Never an added token's, control, special or ordinary, even where it is spelled.
+    """Ids of plain text. It never yields an added token, special or not, even if it spells one.
 
-    Text goes through the tokenizer's own vocabulary, in which no added token is looked for, so it is split into
-    ordinary pieces. Where an entry of that vocabulary was added too (word-level ones can have a special token, and
-    Gemma's has tags), a special one is dropped and another one written letter by letter. White space and the unknown
-    token are kept.
+    The text is tokenized by the base vocabulary alone, which does not match added tokens. If an entry of the base
+    vocabulary is also an added token (special tokens of word-level vocabularies, tags of Gemma's), a special one is
+    dropped and any other is spelled letter by letter. Added tokens of white space and the unknown token are kept.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # in Python, where this flag is of all added tokens
+    if backend is None:  # implemented in Python: there this flag covers all added tokens
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     else:
         plain = Tokenizer(backend.model)
@@ -125,8 +124,8 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 
 class _Added(NamedTuple):
-    special: dict[str, int]  # token -> id
-    spelled: dict[int, tuple[int, ...]]  # other ones of more than white space: the ids of their letters
+    special: dict[str, int]
+    spelled: dict[int, tuple[int, ...]]  # other entries of the base vocabulary -> ids of their letters
 
 
 def _forbidden(tokenizer: PreTrainedTokenizerBase) -> tuple[set[int | None], dict[int, tuple[int, ...]]]:

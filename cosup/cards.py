@@ -110,12 +110,13 @@ def read(folder: str | Path) -> tuple[list[str], dict[str, float]]:
     front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     try:
         facts = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:  # a user's slip in a user's card
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):  # a user's slip in a user's card
         facts = None
     facts = facts if isinstance(facts, dict) else {}
     bases, training = facts.get("base_model"), facts.get("training")
     bases = [bases] if isinstance(bases, str) else bases
+    figures = training if isinstance(training, dict) else {}
     return (
         [name for name in bases if isinstance(name, str)] if isinstance(bases, list) else [],
-        {k: v for k, v in training.items() if isinstance(v, int | float)} if isinstance(training, dict) else {},
+        {k: v for k, v in figures.items() if isinstance(v, float) or (isinstance(v, int) and abs(v) < 2**63)},
     )

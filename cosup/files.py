@@ -2,14 +2,16 @@
 
     .name.xxxxxxxx.part/name    temporary folder beside the target, where the new content is written
     file, new folder            renamed to the target
-    existing folder             renamed to .next inside the target; from then on `read` uses .next, until every file
-                                of it has been linked into its final place
+    existing folder             renamed to .cosup-next inside the target; from then on `read` uses that, until every
+                                file of it has been linked into its final place
 
 If the process is killed, or the disk is full, readers find either the old or the new content. A temporary folder that a
 killed process left is removed by the next write beside it: its lock was released when the process ended. Symbolic links
 are kept: the file that they point to is replaced.
 """
 
+import errno
+import hashlib
 import os
 import re
 import shutil
@@ -26,7 +28,7 @@ try:
 except ImportError:  # Windows: temporary folders of killed processes stay
     fcntl = None  # type: ignore[assignment]
 
-_NEXT = ".next"
+_NEXT = ".cosup-next"
 
 T = TypeVar("T")
 
@@ -40,10 +42,11 @@ def replaced(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: `path` cannot be written; the error names it.
     """
-    path = _target(path)
-    if path.exists() and not path.is_file() and not path.is_dir():  # a device or pipe
-        yield path
+    path = Path(path)
+    if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file() and not path.is_dir()):
+        yield path  # a device or pipe
         return
+    path = _target(path)
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _part(path.parent, path.name) as part:
@@ -84,6 +87,9 @@ def updated(
             yield part
             for path in (part, *part.rglob("*")):
                 _flush(path)
+                target = folder / path.relative_to(part)
+                if target.exists() and target.is_dir() != path.is_dir():
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
             if place != folder:
                 try:
                     part.rename(folder)
@@ -94,10 +100,12 @@ def updated(
                     return
             lock = _lock(folder)
             try:
-                _settle(folder, goes, stays)  # finish the update of a killed process
+                # finish the update of a killed process, or of a stranger: nothing outside the folder
+                _settle(folder, goes, lambda path: stays(path) or not path.is_relative_to(folder))
                 part.rename(folder / _NEXT)
                 _flush(folder)
-                _settle(folder, goes, stays)
+                with suppress(OSError):  # the new content is in force; the next write puts it into place
+                    _settle(folder, goes, stays)
             finally:
                 _unlock(lock)
 
@@ -120,9 +128,15 @@ def read(folder: str | Path, key: str, reader: Callable[[Path], T]) -> T:
             else:
                 if state == _state(folder, key):
                     return found
-            lock = lock or _lock(folder, shared=True)  # keeps writers waiting during the next attempt
+            if lock is None:
+                lock = _lock(folder, shared=True)  # keeps writers waiting during the next attempt
     finally:
         _unlock(lock)
+
+
+def content(folder: Path) -> Path:
+    """The path to read a folder from: .cosup-next if an update was killed before all files were in place."""
+    return folder / _NEXT if (folder / _NEXT).is_dir() else folder
 
 
 @contextmanager
@@ -138,8 +152,17 @@ def readable(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: unreadable: {str(error) or type(error).__name__}") from error
 
 
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def is_part(name: str) -> bool:
-    """Whether this is the name of a temporary folder, or of .next."""
+    """Whether this is the name of a temporary folder, or of .cosup-next."""
     return name == _NEXT or re.fullmatch(r"\..*\.[a-z0-9_]{8}\.part", name) is not None
 
 
@@ -191,11 +214,12 @@ def _lock(folder: Path, *, shared: bool = False, wait: bool = True) -> int | Non
 
 def _unlock(lock: int | None) -> None:
     if lock is not None:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a child process may still hold the descriptor
         os.close(lock)
 
 
 def _settle(folder: Path, goes: Callable[[Path], Iterable[Path]], stays: Callable[[Path], bool]) -> None:
-    """Link the files of .next into their final places, then remove it. It stays complete until then, for readers."""
+    """Link the files of .cosup-next into their final places, then remove it. It stays complete until then."""
     new = folder / _NEXT
     if not new.is_dir():
         return
@@ -242,7 +266,7 @@ def _flush(path: Path) -> None:
 
 def _state(folder: Path, key: str) -> tuple[Path, Any]:
     """The path to read a folder from, and a value that changes with every write."""
-    place = folder / _NEXT if (folder / _NEXT).is_dir() else folder
+    place = content(folder)
     try:
         stat = (place / key).stat()
     except OSError:

@@ -10,7 +10,6 @@ and manifest.json, which holds the fingerprint of the model that made the vector
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -212,7 +211,7 @@ class SequenceIndex:
                 "normalize": self.normalize,
                 "count": len(self),
                 "factory": self.factory,
-                "sha256": {name: _sha256(part / name) for name in (vectors_file, _PASSAGES)},
+                "sha256": {name: files.sha256_of(part / name) for name in (vectors_file, _PASSAGES)},
             }
             (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -237,7 +236,7 @@ class SequenceIndex:
         vectors_file = _FAISS if _FAISS in manifest["sha256"] else _FLAT
         for name in (vectors_file, _PASSAGES):
             wanted = manifest["sha256"].get(name)
-            got = _sha256(folder / name) if (folder / name).is_file() else "no file"
+            got = files.sha256_of(folder / name) if (folder / name).is_file() else "no file"
             if got != wanted:
                 raise ValueError(f"{folder / name}: damaged or changed: wanted sha256 {wanted}, got {got}")
         if vectors_file == _FAISS:
@@ -377,8 +376,9 @@ def _strange(folder: Path) -> str | None:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with files.readable(path):
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{folder}: wanted an index, got no readable {_MANIFEST}: {error}") from error
     return checked_manifest(path, manifest, _FIELDS)
 
@@ -399,11 +399,3 @@ def check_fingerprint(place: object, wanted: str | None, got: str) -> None:
     if wanted is not None and wanted != got:
         advice = "build it again with this model"
         raise ValueError(f"{place}: wanted an index of the model {wanted[:12]}, got one of {got[:12]}; {advice}")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -315,7 +315,7 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         Each process reads what it holds: all, or its shards. Raises ValueError, naming the folder, for weights that are
         not there, of other shapes or damaged.
         """
-        state, parts = get_model_state_dict(self), Path(folder) / SHARDS
+        state, parts = get_model_state_dict(self), files.content(Path(folder)) / SHARDS
         there = shards.names(parts)
         missing = [name for name in state if f"model.{name}" not in there]
         if set(missing) - {"log_temperature"}:  # that may be trained from now on
@@ -496,10 +496,12 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         with files.readable(path):
             extra = load_file(path) if path.is_file() else {}
             for name, tensor in self._extra(self.state_dict()).items():
-                if name in extra and extra[name].shape == tensor.shape:
-                    tensor.copy_(extra[name])
-                elif name in extra:
-                    raise ValueError(f"{name}: wanted {list(tensor.shape)}, got {list(extra[name].shape)}")
+                got = extra.get(name)
+                if got is not None and (got.shape != tensor.shape or not got.is_floating_point()):
+                    wanted = f"floating-point numbers {list(tensor.shape)}"
+                    raise ValueError(f"{name}: wanted {wanted}, got {got.dtype} {list(got.shape)}")
+                if got is not None:
+                    tensor.copy_(got)
                 elif name == "projection":
                     raise ValueError("wanted a projection, got none")
 
@@ -509,8 +511,10 @@ def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _weights_of(folder: Path) -> Iterable[Path]:
-    """Weight files of a saved pair, which a save removes unless it writes them anew."""
-    patterns = ("gen/*.safetensors*", "ctx/*.safetensors*", _EXTRA, f"{SHARDS}/*", f"{SHARDS}/.metadata")
+    """Files of models and tokenizers, which a save removes unless it writes them anew."""
+    kinds = ("*.safetensors*", "*.json", "*.jinja", "*.model", "*.bin", "vocab.txt", "merges.txt", "*/*.jinja")
+    patterns = [f"{half}/{kind}" for half in ("gen", "ctx") for kind in kinds]
+    patterns += [_EXTRA, f"{SHARDS}/*", f"{SHARDS}/.metadata"]
     return (path for pattern in patterns for path in folder.glob(pattern))
 
 

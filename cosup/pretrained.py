@@ -311,7 +311,7 @@ def _damaged(folder: Path) -> str | None:
             else:
                 with safe_open(path, framework="pt"):
                     pass
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             return f"{path}: {error}"
     return None
 

@@ -5,32 +5,35 @@ unpickler reads it that admits only the classes of that table; values other than
 """
 
 import io
+import math
 import pickle
 import warnings
+from itertools import combinations
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from cosup.files import readable
 
 _METADATA = ".metadata"
+_RECORDS = (
+    "Metadata",
+    "TensorStorageMetadata",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "TensorProperties",
+    "MetadataIndex",
+    "StorageMeta",
+    "_StorageInfo",
+)
 _TABLE = {
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (*_RECORDS, "_MEM_FORMAT_ENCODING"),
+    "torch.distributed.checkpoint.filesystem": _RECORDS,
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
 }
@@ -39,7 +42,8 @@ _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")  # the
 
 def names(folder: Path) -> set[str]:
     """Names of the saved tensors and values. Raises ValueError, naming the file, if their table is unreadable."""
-    return set(_Reader(folder).read_metadata().state_dict_metadata)
+    table = _Reader(folder).read_metadata().state_dict_metadata
+    return set(table)
 
 
 def load(state: dict[str, Any], folder: Path, *, no_dist: bool = False) -> None:
@@ -56,7 +60,8 @@ def load(state: dict[str, Any], folder: Path, *, no_dist: bool = False) -> None:
         try:
             dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=no_dist)
         except CheckpointException as error:  # derives from BaseException
-            raise ValueError(f"{folder}: {error}") from error
+            reason, _ = next(iter(error.failures.values()))
+            raise ValueError(f"{folder}: {reason}") from error
 
 
 class _Reader(dcp.FileSystemReader):
@@ -65,8 +70,11 @@ class _Reader(dcp.FileSystemReader):
         with readable(path):
             with open(path, "rb") as file:
                 metadata = _Unpickler(file).load()
-            if not isinstance(metadata, Metadata):
-                raise ValueError(f"wanted Metadata, got {type(metadata).__name__}")
+            if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+                raise ValueError(f"wanted Metadata of a dict, got {type(metadata).__name__}")
+            for name, tensor in metadata.state_dict_metadata.items():
+                if isinstance(tensor, TensorStorageMetadata) and not _is_covered(tensor):
+                    raise ValueError(f"{name}: wanted chunks that cover {list(tensor.size)}, each number once")
             for info in metadata.storage_data.values():
                 if Path(info.relative_path).name != info.relative_path:
                     raise ValueError(f"wanted the name of a file of this folder, got {info.relative_path!r}")
@@ -85,7 +93,34 @@ class _Planner(DefaultLoadPlanner):
         super().load_bytes(read_item, plain)
 
 
-class _Unpickler(pickle.Unpickler):
+def _is_covered(tensor: TensorStorageMetadata) -> bool:
+    """Whether the chunks lie within the tensor, do not overlap, and leave nothing out; else memory stays unread."""
+    spans = []
+    for chunk in tensor.chunks:
+        span = [(start, start + length) for start, length in zip(chunk.offsets, chunk.sizes, strict=True)]
+        if any(start < 0 or end < start or end > size for (start, end), size in zip(span, tensor.size, strict=True)):
+            return False
+        if math.prod(chunk.sizes):
+            spans.append(span)
+    overlap = any(
+        all(a[0] < b[1] and b[0] < a[1] for a, b in zip(*pair, strict=True)) for pair in combinations(spans, 2)
+    )
+    covered = sum(math.prod(end - start for start, end in span) for span in spans)
+    return not overlap and covered == math.prod(tensor.size)
+
+
+class _Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be overridden
+    stack: list[Any]
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        """Set attributes of instances alone: those of a class or function would change the whole process."""
+        if type(self.stack[-2]).__name__ not in _RECORDS:
+            raise ValueError(f"wanted the table of contents of tensors, got attributes of {self.stack[-2]!r}")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
+
     def find_class(self, module: str, name: str) -> Any:
         if name in _TABLE.get(module, ()):
             return super().find_class(module, name)

@@ -11,7 +11,8 @@ Source: Semiparametric Token-Sequence Co-Supervision, arXiv 2403.09024 (token na
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -69,9 +70,11 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> ControlIds:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of plain text. It never yields an added token, special or not, even if it spells one.
 
-    The text is tokenized by the base vocabulary alone, which does not match added tokens. If an entry of the base
-    vocabulary is also an added token (special tokens of word-level vocabularies, tags of Gemma's), a special one is
-    dropped and any other is spelled letter by letter. Added tokens of white space and the unknown token are kept.
+    The text is tokenized by the base vocabulary alone, which does not match added tokens. An entry of the base
+    vocabulary that is also an added token (special tokens of word-level vocabularies, tags of Gemma's) is spelled
+    letter by letter. Added tokens of white space, single letters that are not special, and the unknown token are kept.
+
+    Raises ValueError for text that UTF-8 cannot encode.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # implemented in Python: there this flag covers all added tokens
@@ -81,11 +84,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         for part in ("normalizer", "pre_tokenizer"):
             if getattr(backend, part) is not None:
                 setattr(plain, part, getattr(backend, part))
-        ids = plain.encode(text, add_special_tokens=False).ids
-    special, spelled = _forbidden(tokenizer)
-    if not spelled.keys().isdisjoint(ids):
-        ids = [piece for i in ids for piece in spelled.get(i, (i,))]
-    return [i for i in ids if i not in special]
+        try:
+            ids = plain.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise ValueError(f"text: wanted a string that UTF-8 can encode, got {text!r}") from error
+    instead = _added(tokenizer).instead
+    if instead.keys().isdisjoint(ids):
+        return ids
+    return [piece for i in ids for piece in instead.get(i, (i,))]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, input: str) -> list[int]:
@@ -118,37 +124,49 @@ def passage_ids(
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special ids that the tokenizer itself puts before and after a text, and so its models expect."""
     ids = tokenizer("a", verbose=False)["input_ids"]
-    special, _ = _forbidden(tokenizer)
+    special = _added(tokenizer).forbidden
     plain = [position for position, i in enumerate(ids) if i not in special]
     return (ids[: plain[0]], ids[plain[-1] + 1 :]) if plain else ([], [])
 
 
 class _Added(NamedTuple):
     special: dict[str, int]
-    spelled: dict[int, tuple[int, ...]]  # other entries of the base vocabulary -> ids of their letters
+    forbidden: set[int]  # their ids, less the unknown token's unless it also ends or pads
+    instead: dict[int, tuple[int, ...]]  # ids that text may yield but must not -> ids of their letters
 
 
-def _forbidden(tokenizer: PreTrainedTokenizerBase) -> tuple[set[int | None], dict[int, tuple[int, ...]]]:
-    """Ids that text must not yield, less the unknown token unless it also ends or pads; and those to be spelled."""
-    ends: set[int | None] = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    special, spelled = _added(tokenizer)
-    return ({*special.values()} - {tokenizer.unk_token_id}) | ends, spelled
+_many: WeakSet[PreTrainedTokenizerBase] = WeakSet()  # tokenizers that add thousands: listing those takes 15 ms
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> _Added:
-    return _added_by(tokenizer, len(tokenizer), tuple(tokenizer.all_special_ids))
+    listed = () if tokenizer in _many else tuple(tokenizer.added_tokens_decoder)
+    if len(listed) > 1000:
+        _many.add(tokenizer)
+        listed = ()
+    return _added_by(tokenizer, len(tokenizer), listed, tuple(tokenizer.all_special_ids), tokenizer.pad_token_id)
 
 
 @lru_cache(maxsize=8)
-def _added_by(tokenizer: PreTrainedTokenizerBase, length: int, special_ids: tuple[int, ...]) -> _Added:
-    """Cached, for it takes 15 ms where a vocabulary adds thousands; the other arguments notice additions."""
+def _added_by(tokenizer: PreTrainedTokenizerBase, *_: Any) -> _Added:
+    """Cached; the other arguments change when tokens are added."""
     added = tokenizer.added_tokens_decoder
     special = {token.content: i for i, token in added.items() if token.special}
-    special |= dict(zip(tokenizer.all_special_tokens, special_ids, strict=True))
-    spelled, specials = {}, {*special.values()}
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    for i, token in added.items():
-        word = token.content
-        if model is not None and model.id_to_token(i) == word and i not in specials and not word.isspace():
-            spelled[i] = tuple(piece.id for letter in word for piece in model.tokenize(letter))
-    return _Added(special, spelled)
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    forbidden = ({*special.values()} - {tokenizer.unk_token_id}) | ends
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = {i: word for word, i in special.items() if i in forbidden}
+    words |= {i: token.content for i, token in added.items() if not (token.special or token.content.isspace())}
+    instead = {}
+    for i, word in words.items():
+        letters = () if backend is None else _letters(backend.model, word)
+        if i in forbidden or (backend is not None and backend.model.id_to_token(i) == word):
+            instead[i] = tuple(letter for letter in letters if letter not in forbidden)
+    return _Added(special, forbidden, instead)
+
+
+def _letters(model: Any, word: str) -> tuple[int, ...]:
+    try:
+        return tuple(piece.id for letter in word for piece in model.tokenize(letter))
+    except Exception:  # a vocabulary without an unknown token
+        return ()

@@ -35,10 +35,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from cosup import files, shards
+from cosup import cards, files, shards
 from cosup.contrastive import GATHERS
 from cosup.data.collate import micro_batches
 from cosup.data.schema import Instance, Passage, read_instances, read_passages
@@ -137,9 +137,9 @@ class CoSupConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # nothing to pin for
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size: wanted at least 1 or None, got {self.micro_batch_size}")
-        for name in ("queue_size", "extra_passages"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: wanted at least 0, got {getattr(self, name)}")
+        for name, least in (("queue_size", 0), ("extra_passages", 0), ("gradient_accumulation_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: wanted at least {least}, got {getattr(self, name)}")
         if self.gather not in GATHERS:
             raise ValueError(f"gather: wanted one of {', '.join(GATHERS)}, got {self.gather!r}")
         self.model_config()  # a wrong choice is told now, not after the models are loaded
@@ -178,7 +178,7 @@ class CoSupConfig(TrainingArguments):
             parser.set_defaults(**{k: v if v is None or isinstance(v, dict) else str(v) for k, v in values.items()})
         try:
             return parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)[0]
-        except argparse.ArgumentError as error:
+        except (argparse.ArgumentError, TypeError) as error:  # TypeError: of accelerator_config's names
             raise ValueError(f"{yaml_file or 'arguments'}: {error}") from error
 
 
@@ -316,6 +316,9 @@ class CoSupTrainer(Trainer):
                 raise ValueError(f"resume_from_checkpoint: {wanted}")
         elif resume_from_checkpoint and not _is_whole(Path(str(resume_from_checkpoint))):
             raise ValueError(f"resume_from_checkpoint: wanted a whole checkpoint, got {str(resume_from_checkpoint)!r}")
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(files.content(Path(str(resume_from_checkpoint))))
+            _check_state(Path(resume_from_checkpoint, _STATE))
         self._reset_interval()
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off model.forward again
@@ -664,7 +667,7 @@ class CoSupTrainer(Trainer):
         """Write the checkpoint to a temporary folder and rename it; an existing checkpoint stays until then."""
         run = self._get_output_dir(trial)
         folder = Path(run, f"checkpoint-{self.state.global_step}")
-        writes = files.updated(folder, goes=_all_of) if self.args.should_save else nullcontext()
+        writes = files.updated(folder, goes=_all_of, stays=cards.is_of_user) if self.args.should_save else nullcontext()
         with writes as part:
             places = self._of_all_ranks(part and str(part.parent))
             here = self.args.process_index - self.args.local_process_index  # with save_on_each_node
@@ -696,7 +699,7 @@ class CoSupTrainer(Trainer):
             dist.barrier(self._group)  # the state is written after those of all ranks
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if Path(resume_from_checkpoint, SHARDS).is_dir():
+        if (files.content(Path(resume_from_checkpoint)) / SHARDS).is_dir():
             self.model.load_shards(resume_from_checkpoint)
             return
         saved = GenCtxConfig.of_saved(resume_from_checkpoint) or self.model.config
@@ -730,14 +733,14 @@ class CoSupTrainer(Trainer):
         if self._in_parts:
             self._load_optimizer_in_parts(folder)
         else:
-            with files.readable(folder / _SCHEDULE):
-                torch.load(folder / _SCHEDULE, weights_only=True)
+            self._load_schedule(folder / _SCHEDULE)
             with files.readable(folder / (f"{_OPTIMIZER}.bin" if self.is_fsdp_enabled else f"{_OPTIMIZER}.pt")):
                 super()._load_optimizer_and_scheduler(checkpoint)
         with files.readable(folder / _INTERVAL):
             interval = json.loads((folder / _INTERVAL).read_text(encoding="utf-8"))
-            self._sums = torch.tensor(interval["sums"], dtype=torch.float64, device=self.args.device)
-            self._steps, self._seconds, self._mark = interval["steps"], interval["seconds"], time.perf_counter()
+            self._sums.copy_(torch.tensor(interval["sums"], dtype=torch.float64).reshape(len(_SUMS)))
+            self._steps, self._seconds = int(interval["steps"]), float(interval["seconds"])
+            self._mark = time.perf_counter()
             workspaces = interval.get("workspaces", [])  # none: an older checkpoint
             if len(workspaces) == self.args.world_size:
                 kind, workspace = workspaces[self.args.process_index]
@@ -745,21 +748,30 @@ class CoSupTrainer(Trainer):
                     set_default_workspace(self._sums.device, workspace)
         with files.readable(folder / _QUEUE):
             kept = load_file(folder / _QUEUE) if (folder / _QUEUE).is_file() else {}
-        sizes = len(kept.get("ids", ())), 0 if self.queue is None else len(self.queue.ids)
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"queue_size: wanted {sizes[0]} as in {checkpoint}, got {sizes[1]}")
-        if self.queue is not None:
-            self.queue.load_state_dict(kept)
+            size, wanted = 0 if self.queue is None else len(self.queue.ids), kept["ids"].numel() if kept else 0
+            if size != wanted:
+                raise ValueError(f"queue_size: wanted {wanted} as in {folder / _QUEUE}, got {size}")
+            if self.queue is not None:
+                self.queue.load_state_dict(kept)
 
     def _load_optimizer_in_parts(self, checkpoint: Path) -> None:
         """Replaces accelerate's load_fsdp_optimizer, which unpickles."""
-        assert self.optimizer is not None and self.lr_scheduler is not None
+        assert self.optimizer is not None
         state = {"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
         shards.load(state, checkpoint / f"{_OPTIMIZER}_0")
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
-        with files.readable(checkpoint / _SCHEDULE):
-            schedule = torch.load(checkpoint / _SCHEDULE, weights_only=True)
-            self.lr_scheduler.load_state_dict(schedule)
+        self._load_schedule(checkpoint / _SCHEDULE)
+
+    def _load_schedule(self, path: Path) -> None:
+        assert self.lr_scheduler is not None
+        with files.readable(path):
+            self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:
+            raise ValueError(f"lr_scheduler_kwargs: wanted arguments of the schedule, got {error}") from error
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
@@ -799,12 +811,22 @@ def last_checkpoint(output_dir: str | Path | None) -> str | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """The trainer's state is the last that is written."""
+    """Whether the trainer's state is there, which is written last."""
     try:
-        json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        json.loads((files.content(checkpoint) / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return False
     return True
+
+
+def _check_state(path: Path) -> None:
+    """Refuse values of other types, which transformers would take."""
+    with files.readable(path):
+        state = TrainerState.load_from_json(str(path))
+        kinds = {"global_step": int, "epoch": int | float, "log_history": list, "stateful_callbacks": dict}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(state, name), kind):
+                raise ValueError(f"{name}: wanted {kind}, got {getattr(state, name)!r}")
 
 
 def _all_of(folder: Path) -> Iterator[Path]:

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import stat
+import subprocess
 import sys
 import time
 import traceback
@@ -102,7 +103,7 @@ class Approximate(Index):
     def read(self, place: Path) -> int:
         if isinstance(SequenceIndex.load(place / "index", None).vectors, torch.Tensor):
             return super().read(place)
-        assert not (place / "index/vectors.safetensors").exists() or (place / "index/.next").exists()
+        assert not (place / "index/vectors.safetensors").exists() or (place / "index/.cosup-next").exists()
         return 1
 
 
@@ -131,18 +132,23 @@ class Checkpoint:
         self.models = Pair().models
 
     def write(self, place: Path, version: int) -> None:
-        args = CoSupConfig(output_dir=str(place / "run"), use_cpu=True, disable_tqdm=True, save_strategy="steps")
+        options = dict(lr_scheduler_type="constant", learning_rate=(version + 1) * 1e-3, save_strategy="steps")
+        args = CoSupConfig(output_dir=str(place / "run"), use_cpu=True, **options)
         data = dict(train_dataset=tiny_instances(8), passages=tiny_passages(8))
         trainer = CoSupTrainer(self.models[version], args, **data)
         trainer.create_optimizer_and_scheduler(4)
+        trainer._steps = version
         trainer._save_checkpoint(trainer.model, None)
 
     def read(self, place: Path) -> int:
         if not last_checkpoint(place / "run"):
             raise ValueError("none")
-        assert (place / "run/checkpoint-0/optimizer.pt").is_file()
-        model = GenCtxModel.from_pretrained(place / "run/checkpoint-0")
-        return model.config.max_length - 64
+        folder = files.content(place / "run/checkpoint-0")
+        version = GenCtxModel.from_pretrained(place / "run/checkpoint-0").config.max_length - 64
+        moments = torch.load(folder / "optimizer.pt", weights_only=True)["param_groups"][0]["lr"]
+        steps = json.loads((folder / "cosup_interval.json").read_text())["steps"]
+        assert moments == (version + 1) * 1e-3 and steps == version
+        return version
 
 
 WRITERS = {kind.__name__.lower(): kind for kind in (Text, Jsonl, Folder, Index, Approximate, Pair, Checkpoint)}
@@ -270,7 +276,7 @@ def test_the_parts_of_a_writer_at_work_stay(tmp_path):
 
 
 def test_what_somebody_else_named_alike_stays(tmp_path):
-    names = [".a.part", ".next.part", ".a.ABCDEFGH.part", ".a.abcdefgh.part.txt"]
+    names = [".a.part", ".next", ".cosup-next.part", ".a.ABCDEFGH.part", ".a.abcdefgh.part.txt"]
     for name in names:
         (tmp_path / name).mkdir()
     (tmp_path / ".a.abcdefgh.part").mkdir()
@@ -366,3 +372,71 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         Folder().write(tmp_path, version)
         Text().write(tmp_path, version)
         assert (tmp_path / "text").stat().st_ino in flushed and tmp_path.stat().st_ino in flushed
+
+
+def test_a_child_process_does_not_keep_a_lock(tmp_path):
+    """As workers that load data, which are forked while something is written."""
+    with files.updated(tmp_path / "folder") as part:
+        part.mkdir()
+    lock = files._lock(tmp_path / "folder")
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    files._unlock(lock)
+    assert files._lock(tmp_path / "folder", wait=False) is not None
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_before_anything_is_changed(tmp_path):
+    writer = Pair()
+    writer.write(tmp_path, 0)
+    (tmp_path / "pair/README.md").unlink()
+    (tmp_path / "pair/README.md").mkdir()
+    for _ in range(2):
+        with pytest.raises(OSError, match=f"{tmp_path}/pair/README.md"):
+            writer.write(tmp_path, 1)
+        assert writer.read(tmp_path) == 0 and not left_behind(tmp_path)
+
+
+def test_what_is_in_force_is_no_error_and_is_put_into_place_later(tmp_path, monkeypatch):
+    writer = Folder()
+    writer.write(tmp_path, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        writer.write(tmp_path, 1)
+    assert writer.read(tmp_path) == 1 and left_behind(tmp_path)
+    writer.write(tmp_path, 0)
+    assert writer.read(tmp_path) == 0 and not left_behind(tmp_path)
+
+
+def test_an_update_that_a_stranger_left_writes_nothing_outside(tmp_path):
+    """A folder of somebody else's may hold an update, and links in the places of its files."""
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    Folder().write(tmp_path, 0)
+    (tmp_path / "folder/x").symlink_to(mine)
+    (tmp_path / "folder/.cosup-next").mkdir()
+    (tmp_path / "folder/.cosup-next/x").write_text("theirs")
+    Folder().write(tmp_path, 1)
+    assert mine.read_text() == "mine" and not left_behind(tmp_path)
+
+
+def test_standard_output_is_written_to(tmp_path):
+    """A pipe has no path, and a file that output goes to is not replaced."""
+    code = "from cosup import files; print('before', flush=True); files.write_text('/dev/stdout', 'text')"
+    with (tmp_path / "file").open("a") as file:
+        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+    piped = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert piped == "before\ntext" and "text" in (tmp_path / "file").read_text()
+
+
+def test_nothing_of_the_tokenizer_of_before_stays(tmp_path):
+    old, new = Pair().models
+    old.gen_tokenizer.chat_template = "old"
+    old.save_pretrained(tmp_path)
+    (tmp_path / "gen/LICENSE.md").write_text("a user's")
+    new.save_pretrained(tmp_path)
+    assert GenCtxModel.from_pretrained(tmp_path).gen_tokenizer.chat_template is None
+    assert (tmp_path / "gen/LICENSE.md").exists()

@@ -8,7 +8,8 @@ import json
 import os
 import pickle
 import re
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -72,6 +73,53 @@ def saved_in_parts(folder: Path, **values: object) -> None:
     dcp.save({"model": {"a": torch.arange(6.0), **values}}, checkpoint_id=folder, no_dist=True)
 
 
+def test_the_table_of_contents_changes_no_class(tmp_path):
+    """Attributes are set on instances alone: on a class they would stay for all the process."""
+    (tmp_path / "pair").mkdir()
+
+    def text(word: bytes) -> bytes:
+        return b"X" + len(word).to_bytes(4, "little") + word
+
+    for where, what, name in ((b"pathlib\nPurePosixPath", b"torch\nSize", b"__truediv__"),
+                              (b"torch.distributed.checkpoint.metadata\nMetadataIndex", b"torch\nSize", b"__init__"),
+                              (b"torch.serialization\n_get_layout", b"torch\nSize", b"cache")):  # fmt: skip
+        setting = b"\x80\x02c" + where + b"\nN}" + text(name) + b"c" + what + b"\ns\x86b."
+        (tmp_path / "pair/.metadata").write_bytes(setting)
+        with pytest.raises(ValueError, match="wanted the table of contents of tensors, got attributes of"):
+            shards.names(tmp_path / "pair")
+    assert (PurePosixPath("a") / "b").name == "b" and torch.serialization._get_layout("torch.strided") is torch.strided
+    (tmp_path / "pair/.metadata").write_bytes(b"\x80\x02Nr\xff\xff\xff\x0f.")  # 4 GB of memo in C
+    with pytest.raises(ValueError, match="wanted Metadata"):
+        shards.names(tmp_path / "pair")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("change", ["none", "small", "twice", "outside", "negative"])
+def test_chunks_that_do_not_cover_a_tensor_are_refused(change, tmp_path):
+    """Else memory is left as it was, and nobody notices."""
+    saved_in_parts(tmp_path)
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+    tensor = metadata.state_dict_metadata["model.a"]
+    (chunk,) = tensor.chunks
+    tensor.chunks = {
+        "none": [],
+        "small": [replace(chunk, sizes=torch.Size([5]))],
+        "twice": [replace(chunk, sizes=torch.Size([3]))] * 2,
+        "outside": [replace(chunk, offsets=torch.Size([1]))],
+        "negative": [replace(chunk, offsets=torch.Size([-1])), replace(chunk, sizes=torch.Size([0]))],
+    }[change]
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"\.metadata.*model\.a: wanted chunks that cover \[6\]"):
+        shards.load({"model": {"a": torch.zeros(6)}}, tmp_path, no_dist=True)
+
+
+@pytest.mark.parametrize("value", [None, 5, [[1]]])
+def test_a_table_of_another_kind_is_named(value, tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata(value, storage_data={})))
+    with pytest.raises(ValueError, match=f"{tmp_path}/.metadata"):
+        shards.names(tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_values_among_the_parts_run_nothing(tmp_path):
     saved_in_parts(tmp_path / "good", lr=0.5, names=["x"])
@@ -120,8 +168,21 @@ def test_damaged_parts_are_named(file, damage, tmp_path):
         path.unlink()
     else:
         path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "noise": os.urandom(len(data))}[damage])
-    with pytest.raises(ValueError, match=f"{tmp_path}/{SHARDS}"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/{SHARDS}") as raised:
         GenCtxModel.from_pretrained(tmp_path)
+    assert "Traceback" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_parts_in_force_are_read(tmp_path):
+    """Those of an update that was killed before they were in their places."""
+    model = shared(tiny_gen())
+    for folder in (tmp_path / SHARDS, tmp_path / ".cosup-next" / SHARDS):
+        dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder, no_dist=True)
+        model.lm_head[0].data.zero_()
+    other = shared(tiny_gen())
+    other.load_shards(tmp_path)
+    assert not other.lm_head[0].any()
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -200,12 +261,13 @@ def test_damaged_weights_are_named(file, damage, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["gen/config.json", "gen/tokenizer.json", "gen/tokenizer_config.json"])
-@pytest.mark.parametrize("damage", ["cut", "empty", "list", "numbers"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "list", "numbers", "deep"])
 def test_damaged_settings_are_named(file, damage, tmp_path):
     pair().save_pretrained(tmp_path)
     path = tmp_path / file
     text = path.read_text()
-    path.write_text({"cut": text[: len(text) // 2], "empty": "", "list": "[]", "numbers": "3"}[damage])
+    damages = {"cut": text[: len(text) // 2], "empty": "", "list": "[]", "numbers": "3", "deep": "[" * 200_000}
+    path.write_text(damages[damage])
     with pytest.raises(ValueError, match=f"{path}: |{path}'"):
         GenCtxModel.from_pretrained(tmp_path)
 
@@ -230,9 +292,26 @@ def test_a_missing_file_is_told(name, tmp_path):
 def test_a_projection_of_another_shape_is_named(tmp_path):
     pair().save_pretrained(tmp_path)
     extra = load_file(tmp_path / "cosup.safetensors")
-    save_file({"projection": extra["projection"][:1]}, tmp_path / "cosup.safetensors")  # it would be spread over all
-    with pytest.raises(ValueError, match=r"cosup.safetensors: .*projection: wanted \[32, 24\], got \[1, 24\]"):
-        GenCtxModel.from_pretrained(tmp_path)
+    wanted = r"cosup.safetensors: .*projection: wanted floating-point numbers \[32, 24\], got "
+    for other in (extra["projection"][:1], extra["projection"].long()):  # it would be spread over all, rounded
+        save_file({"projection": other.contiguous()}, tmp_path / "cosup.safetensors")
+        with pytest.raises(ValueError, match=wanted):
+            GenCtxModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("slip", ["date: 2024-02-30", "x: 0x_", "x: !!int a", "x: !!timestamp a", "x: " + "[" * 3000])
+def test_a_slip_in_a_users_card_is_passed_over(slip, tmp_path):
+    pair().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\n{slip}\n---\nmine")
+    GenCtxModel.from_pretrained(tmp_path).save_pretrained(tmp_path)
+
+
+def test_a_number_too_long_for_a_card_is_passed_over(tmp_path):
+    pair().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("---\ntraining: {a: 0x" + "f" * 5000 + ", steps: 3}\n---\nmine")
+    model = GenCtxModel.from_pretrained(tmp_path)
+    assert model.training_figures == {"steps": 3}
+    model.save_pretrained(tmp_path)
 
 
 def test_what_was_built_is_checked_when_it_is_read_again(tmp_path, monkeypatch):

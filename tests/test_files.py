@@ -428,6 +428,7 @@ def test_standard_output_is_written_to(tmp_path):
     code = "from cosup import files; print('before', flush=True); files.write_text('/dev/stdout', 'text')"
     with (tmp_path / "file").open("a") as file:
         subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+        assert os.fstat(file.fileno()).st_ino == (tmp_path / "file").stat().st_ino
     piped = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
     assert piped == "before\ntext" and "text" in (tmp_path / "file").read_text()
 

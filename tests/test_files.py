@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import stat
-import subprocess
 import sys
 import time
 import traceback
@@ -423,14 +422,20 @@ def test_an_update_that_a_stranger_left_writes_nothing_outside(tmp_path):
     assert mine.read_text() == "mine" and not left_behind(tmp_path)
 
 
-def test_standard_output_is_written_to(tmp_path):
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_standard_output_is_written_to(kind, tmp_path):
     """A pipe has no path, and a file that output goes to is not replaced."""
-    code = "from cosup import files; print('before', flush=True); files.write_text('/dev/stdout', 'text')"
-    with (tmp_path / "file").open("a") as file:
-        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
-        assert os.fstat(file.fileno()).st_ino == (tmp_path / "file").stat().st_ino
-    piped = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-    assert piped == "before\ntext" and "text" in (tmp_path / "file").read_text()
+    (tmp_path / "file").touch()
+    path = tmp_path / "file"
+    reads, writes = os.pipe() if kind == "pipe" else (os.open(path, os.O_RDONLY), os.open(path, os.O_WRONLY))
+
+    def write():
+        os.dup2(writes, 1)
+        files.write_text("/dev/stdout", "text")
+
+    assert in_a_child(write) == (0, "") and os.read(reads, 9) == b"text"
+    os.close(reads)
+    os.close(writes)
 
 
 def test_nothing_of_the_tokenizer_of_before_stays(tmp_path):

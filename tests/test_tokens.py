@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cosup.tokens import (
     EMBED,
@@ -256,11 +256,11 @@ def test_plain_text_is_what_the_tokenizer_itself_makes_of_it(name) -> None:
 
 
 def test_a_tokenizer_in_python() -> None:
-    """Without a backend of its own: canine reads characters."""
-    tokenizer = CanineTokenizer(eos_token="\ue001")
+    """Without a backend of its own: ByT5 reads bytes."""
+    tokenizer = ByT5Tokenizer()
     add_control_tokens(tokenizer)
     tokenizer.add_tokens(["<think>"])
-    assert encode(tokenizer, "<think>[Ret]") == [ord(letter) for letter in "<think>[Ret]"]
+    assert encode(tokenizer, "<think>[Ret]</s>") == [byte + 3 for byte in b"<think>[Ret]</s>"]
 
 
 def test_an_unknown_word_stays_in_the_text_as_unknown() -> None:

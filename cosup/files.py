@@ -63,8 +63,8 @@ def write_text(path: str | Path, text: str) -> None:
 @contextmanager
 def updated(
     folder: str | Path,
-    goes: Callable[[Path], Iterable[Path]] = lambda folder: (),
-    stays: Callable[[Path], bool] = lambda path: False,
+    obsolete: Callable[[Path], Iterable[Path]] = lambda folder: (),
+    keeps: Callable[[Path], bool] = lambda path: False,
 ) -> Iterator[Path]:
     """Yield a temporary path to create a folder at; when the block ends, its files replace those of `folder` at once.
 
@@ -72,8 +72,8 @@ def updated(
 
     Args:
         folder: Files in it that the new folder does not have are kept.
-        goes: Lists the files of `folder` to remove if the new folder does not have them.
-        stays: Tells whether an existing file is kept even if the new folder has it.
+        obsolete: Lists the files of `folder` to remove if the new folder does not have them.
+        keeps: Tells whether an existing file is kept even if the new folder has it.
 
     Raises:
         OSError: `folder` cannot be written; the error names it.
@@ -101,11 +101,11 @@ def updated(
             lock = _lock(folder)
             try:
                 # finish the update of a killed process, or of a stranger: nothing outside the folder
-                _settle(folder, goes, lambda path: stays(path) or not path.is_relative_to(folder))
+                _settle(folder, obsolete, lambda path: keeps(path) or not path.is_relative_to(folder))
                 part.rename(folder / _NEXT)
                 _flush(folder)
                 with suppress(OSError):  # the new content is in force; the next write puts it into place
-                    _settle(folder, goes, stays)
+                    _settle(folder, obsolete, keeps)
             finally:
                 _unlock(lock)
 
@@ -218,7 +218,7 @@ def _unlock(lock: int | None) -> None:
         os.close(lock)
 
 
-def _settle(folder: Path, goes: Callable[[Path], Iterable[Path]], stays: Callable[[Path], bool]) -> None:
+def _settle(folder: Path, obsolete: Callable[[Path], Iterable[Path]], keeps: Callable[[Path], bool]) -> None:
     """Link the files of .cosup-next into their final places, then remove it. It stays complete until then."""
     new = folder / _NEXT
     if not new.is_dir():
@@ -226,7 +226,7 @@ def _settle(folder: Path, goes: Callable[[Path], Iterable[Path]], stays: Callabl
     names = [path.relative_to(new) for path in new.rglob("*") if not path.is_dir()]
     for name in names:
         target = _target(folder / name)
-        if not stays(target):
+        if not keeps(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with _part(target.parent, target.name) as part:
                 try:
@@ -234,7 +234,7 @@ def _settle(folder: Path, goes: Callable[[Path], Iterable[Path]], stays: Callabl
                 except OSError:  # on another disk, or the file system has no hard links
                     shutil.copy2(new / name, part)
                 _take(part, target)
-    for path in list(goes(folder)):
+    for path in list(obsolete(folder)):
         name = path.relative_to(folder)
         if name not in names and not is_part(name.parts[0]):
             path.unlink(missing_ok=True)

@@ -198,7 +198,7 @@ class SequenceIndex:
         strange = _strange(folder)
         if strange is not None:
             raise ValueError(f"folder: wanted a new folder or an index, got {folder} with {strange!r} in it")
-        with files.updated(folder, goes=lambda folder: (folder / name for name in _FILES)) as part:
+        with files.updated(folder, obsolete=lambda folder: (folder / name for name in _FILES)) as part:
             part.mkdir()
             vectors_file = _write(self.vectors, part)
             columns = {name: [getattr(p, name) for p in self.passages] for name in ("id", "title", "text")}

@@ -119,10 +119,10 @@ class GenCtxConfig:
 
         Raises ValueError, naming the file, for a config of another format or with what is none of its values.
         """
-        return files.read(folder, _CONFIG, cls.in_place)
+        return files.read(folder, _CONFIG, cls._read)
 
     @classmethod
-    def in_place(cls, place: Path) -> "GenCtxConfig | None":
+    def _read(cls, place: Path) -> "GenCtxConfig | None":
         path = place / _CONFIG
         if not path.is_file():
             return None
@@ -253,7 +253,7 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         num_layers: int | None,
     ) -> "GenCtxModel":
         """place: the folder to read the saved pair `gen` from."""
-        root, kept = Path(gen), GenCtxConfig.in_place(place)
+        root, kept = Path(gen), GenCtxConfig._read(place)
         inside = [path.parent.name for path in root.glob(f"checkpoint-*/{_CONFIG}")]
         if inside and kept is None and not (root / "config.json").is_file():
             raise ValueError(f"gen: wanted a saved pair, got the folder {str(gen)!r} of {', '.join(sorted(inside))}")
@@ -288,7 +288,7 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         """Write gen/ and ctx/ (each a model folder of transformers with its tokenizer), the rest and the config.
 
         An existing pair is replaced atomically: if saving fails or is killed, the old pair is intact. README.md is the
-        pair's card; a card written by the user is kept, and so are all other files in the folder.
+        pair's card; a card written by the user is kept, and so are all files but those of models and tokenizers.
 
         Args:
             folder: made where it is not there.
@@ -297,7 +297,7 @@ class GenCtxModel(nn.Module, RetrievalGeneration):
         Raises OSError, naming the folder, if it cannot be written.
         """
         weights = self.state_dict() if state_dict is None else state_dict
-        with files.updated(folder, goes=_weights_of, stays=cards.is_of_user) as part:
+        with files.updated(folder, obsolete=_model_files, keeps=cards.is_of_user) as part:
             self.gen.save_pretrained(part / "gen", state_dict=_below("gen.", weights))
             self.gen_tokenizer.save_pretrained(part / "gen")
             if not self.config.shared_weights:
@@ -510,9 +510,10 @@ def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-def _weights_of(folder: Path) -> Iterable[Path]:
-    """Files of models and tokenizers, which a save removes unless it writes them anew."""
-    kinds = ("*.safetensors*", "*.json", "*.jinja", "*.model", "*.bin", "vocab.txt", "merges.txt", "*/*.jinja")
+def _model_files(folder: Path) -> Iterable[Path]:
+    """Files that transformers writes for models and tokenizers; a save removes those that it does not write anew."""
+    kinds = ["*.safetensors*", "*config.json", "tokenizer*.json", "*_tokens*.json", "vocab.*", "merges.txt", "*.model"]
+    kinds += ["chat_template.*", "additional_chat_templates/*"]
     patterns = [f"{half}/{kind}" for half in ("gen", "ctx") for kind in kinds]
     patterns += [_EXTRA, f"{SHARDS}/*", f"{SHARDS}/.metadata"]
     return (path for pattern in patterns for path in folder.glob(pattern))

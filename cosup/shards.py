@@ -42,8 +42,7 @@ _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")  # the
 
 def names(folder: Path) -> set[str]:
     """Names of the saved tensors and values. Raises ValueError, naming the file, if their table is unreadable."""
-    table = _Reader(folder).read_metadata().state_dict_metadata
-    return set(table)
+    return set(_Reader(folder).read_metadata().state_dict_metadata)
 
 
 def load(state: dict[str, Any], folder: Path, *, no_dist: bool = False) -> None:

@@ -667,8 +667,8 @@ class CoSupTrainer(Trainer):
         """Write the checkpoint to a temporary folder and rename it; an existing checkpoint stays until then."""
         run = self._get_output_dir(trial)
         folder = Path(run, f"checkpoint-{self.state.global_step}")
-        writes = files.updated(folder, goes=_all_of, stays=cards.is_of_user) if self.args.should_save else nullcontext()
-        with writes as part:
+        write = files.updated(folder, obsolete=_all_of, keeps=cards.is_of_user)
+        with write if self.args.should_save else nullcontext() as part:
             places = self._of_all_ranks(part and str(part.parent))
             here = self.args.process_index - self.args.local_process_index  # with save_on_each_node
             self._saves_in = places[here] or places[0]
@@ -733,7 +733,7 @@ class CoSupTrainer(Trainer):
         if self._in_parts:
             self._load_optimizer_in_parts(folder)
         else:
-            self._load_schedule(folder / _SCHEDULE)
+            self._load_schedule(folder / _SCHEDULE)  # again below: here its own file is named if it is damaged
             with files.readable(folder / (f"{_OPTIMIZER}.bin" if self.is_fsdp_enabled else f"{_OPTIMIZER}.pt")):
                 super()._load_optimizer_and_scheduler(checkpoint)
         with files.readable(folder / _INTERVAL):

@@ -57,7 +57,7 @@ class Folder:
     """Two files, one in a folder of its own; a third one that version 1 has no more; and what is none of its."""
 
     def write(self, place: Path, version: int) -> None:
-        with files.updated(place / "folder", goes=lambda folder: folder.glob(f"{STALE}*")) as part:
+        with files.updated(place / "folder", obsolete=lambda folder: folder.glob(f"{STALE}*")) as part:
             (part / "deep").mkdir(parents=True)
             (part / "key").write_text(f"{version}")
             (part / "deep/file").write_text(f"{version}" * 1000)
@@ -442,7 +442,8 @@ def test_nothing_of_the_tokenizer_of_before_stays(tmp_path):
     old, new = Pair().models
     old.gen_tokenizer.chat_template = "old"
     old.save_pretrained(tmp_path)
-    (tmp_path / "gen/LICENSE.md").write_text("a user's")
+    for name in ("LICENSE.md", "notes.json", "data.bin"):
+        (tmp_path / "gen" / name).write_text("a user's")
     new.save_pretrained(tmp_path)
     assert GenCtxModel.from_pretrained(tmp_path).gen_tokenizer.chat_template is None
-    assert (tmp_path / "gen/LICENSE.md").exists()
+    assert all((tmp_path / "gen" / name).exists() for name in ("LICENSE.md", "notes.json", "data.bin"))

@@ -103,7 +103,7 @@ def build(folder: str | Path | None = None, *, seed: int = 0) -> WikiFiles:
     sources = {"leads": "==".join(LEADS[:2]), "fanoutqa": "==".join(FANOUTQA[:2])}
     attribution = ATTRIBUTION.format(**sources)
     counts = {name: len(items) for name, items in zip(WikiFiles._fields, parts, strict=True)}
-    with updated(folder, stays=cards.is_of_user) as part:
+    with updated(folder, keeps=cards.is_of_user) as part:
         for path, items in zip(files, parts, strict=True):
             write_jsonl(part / path.name, items)
         (part / "ATTRIBUTION.md").write_text(attribution, encoding="utf-8")

@@ -28,6 +28,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from cosup import info_nce
+from cosup.agreement import settle
 from cosup.bench import report
 from cosup.bench.gemms import engine_gemms
 from cosup.bench.measure import peak_bytes
@@ -159,7 +160,9 @@ def _wire(c: torch.Tensor, layout: str, world: int) -> None:
         parts = torch.empty(world * len(c), c.shape[1])
         dist.all_to_all_single(parts, everyone, [len(c)] * world, [len(c)] * world, group=group)
         return
-    peers = Peers(group.group_name, len(c), c.device)
+    counts = settle(group, len(c))
+    assert counts is not None
+    peers = Peers(group.group_name, counts[0])
     for _ in range(2):
         for _ in range(world - 1):
             peers.swap([c], (peers.rank + 1) % world, [torch.empty_like(c)], (peers.rank - 1) % world).wait()

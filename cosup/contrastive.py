@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cosup import ops
+from cosup.agreement import note, reopen, same_call, settle, withdraw
 from cosup.checks import (
     as_number,
     as_temperature,
@@ -29,7 +30,7 @@ from cosup.checks import (
     check_vector,
 )
 from cosup.direct import call
-from cosup.distributed import LossOfRanks, SumOverRanks, sizes_of_ranks
+from cosup.distributed import SumOverRanks, loss_of_ranks
 from cosup.distributed import gather as gather_rows
 from cosup.positives import POOLS
 from cosup.softmax import RowStats, softmax_nll, weights_known
@@ -43,6 +44,7 @@ LAYOUTS = ("auto", "all_gather", "ring")
 RING_WORKSPACES = 4  # more of them than this are not gathered
 
 
+@same_call()
 def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *, hard_negatives: Tensor | None = None,
              query_negatives: bool = False, candidate_negatives: bool = False,
              temperature: float | Tensor = 0.05, normalize: bool = True, symmetric: bool = False,
@@ -166,7 +168,8 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         if positives is None:
             check_targets(pool.target, len(pool.candidates))
         layout = layout if may_ring else "all_gather"
-        pool = _of_all_ranks(pool, process_group, gather, layout, query_negatives, workspace_bytes)
+        counts = _counts(pool, process_group, gather, reduction, workspace_bytes, backend)
+        pool = _of_all_ranks(pool, process_group, gather, layout, query_negatives, counts)
 
     if positives is not None and n and not pool.total:
         raise ValueError(f"candidates must have rows where there are {n} queries, got none")
@@ -183,9 +186,11 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         weight = some.to(dtype) if weight is None else weight.masked_fill(~some, 0.0)
     once = reduction  # of the rows here
     if process_group is not None and reduction == "mean":
+        total = _total(weight, counts, pool.query, process_group)
         weight = torch.ones_like(pool.target, dtype=dtype) if weight is None else weight
-        total = SumOverRanks.apply(weight.sum(), process_group)
         weight, once = ops.divided(weight, torch.where(total == 0, 1.0, total)), "sum"
+    if process_group is not None and not pool.ring and not symmetric:
+        reopen(process_group)  # nothing is exchanged before the loss
     later = hard is not None or further
     loss, stats = softmax_nll(
         pool.query, pool.candidates, pool.target, scale, bias=None if pool.bias is None else pool.bias.to(dtype),
@@ -193,6 +198,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         symmetric=symmetric, weight=weight, label_smoothing=label_smoothing,
         kept=_kept(pool, row_id) if label_smoothing else None, rank=return_stats,
         row_group=pool.group if symmetric and not pool.ring else None, ring=pool.group if pool.ring else None,
+        parts=pool.counts if pool.ring else None,
         reduction="none" if later else once, host_scale=None if isinstance(temperature, Tensor) else 1 / temperature,
         workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
@@ -224,10 +230,11 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
             total = weight.sum()
             loss = loss.sum() / (torch.where(total == 0, 1.0, total) if once == "mean" else 1.0)
     if process_group is not None and reduction != "none":
-        loss = LossOfRanks.apply(loss, process_group)
+        loss = loss_of_ranks(loss, process_group)
     return (loss, RowStats(*(f.detach() for f in stats))) if return_stats else loss
 
 
+@same_call()
 def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
                  temperature: float | Tensor = 0.1, bias: float | Tensor = -10.0, normalize: bool = True,
                  query_ids: Tensor | None = None, candidate_ids: Tensor | None = None,
@@ -283,11 +290,17 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
         pool = pool.unit()
     if process_group is not None:
         check_targets(pool.target, len(pool.candidates))
-        pool = _of_all_ranks(pool, process_group, gather, "all_gather", False, workspace_bytes)
-    weight = torch.ones_like(pool.target, dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
+        counts = _counts(pool, process_group, gather, reduction, workspace_bytes, backend)
+        pool = _of_all_ranks(pool, process_group, gather, "all_gather", False, counts)
+    weight = None if sample_weight is None else sample_weight.to(dtype)
+    total = None
+    if process_group is not None and reduction == "mean":
+        total = _total(weight, counts, pool.query, process_group)
+    weight = torch.ones_like(pool.target, dtype=dtype) if weight is None else weight
     if reduction == "mean":
-        total = weight.sum() if process_group is None else SumOverRanks.apply(weight.sum(), process_group)
+        total = weight.sum() if total is None else total
         weight = ops.divided(weight, torch.where(total == 0, 1.0, total))
+    reopen(process_group)  # nothing is exchanged before the loss
     grad = torch.is_grad_enabled()
     need = [grad and t.requires_grad for t in (pool.query, pool.candidates)]
     need.append(grad and (scale.requires_grad or shift.requires_grad))
@@ -299,7 +312,7 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
         loss = ops.weighted(weight, loss)
         loss = loss if reduction == "none" else loss.sum()
     if process_group is not None and reduction != "none":
-        loss = LossOfRanks.apply(loss, process_group)
+        loss = loss_of_ranks(loss, process_group)
     return loss
 
 
@@ -317,7 +330,8 @@ class _Pool(NamedTuple):
     ids_of_all: Tensor | None  # of the candidates of all ranks,
     total: int  # of which there are so many
     first: int = 0  # number of the first one here
-    group: str | None = None  # of the ranks whose candidates are seen
+    group: str | None = None  # of the ranks whose candidates are seen,
+    counts: list[int] | None = None  # so many of each
     ring: bool = False  # whether they come one rank's after another's; else they are gathered here
     first_query: int = 0  # the same of the queries, where those are negatives
 
@@ -355,22 +369,44 @@ def _pool(query, candidates, target, query_ids, candidate_ids, bias=None, positi
     return _Pool(query, candidates, target, query_ids, candidate_ids, bias, query, query_ids, candidate_ids, m)
 
 
+def _counts(pool: _Pool, group: ProcessGroup, gather: str, reduction: str, workspace_bytes: int | None,
+            backend: str) -> list[list[int]] | None:  # fmt: skip
+    """The call is the same on all ranks, and none failed: queries, candidates and budget of each; None: not told, as
+    the rank is alone until the loss, or so that the host needs not wait for a GPU."""
+    device, budgeted = pool.query.device, workspace_bytes is not None
+    note(group, dtype=str(pool.query.dtype), backend=resolve(backend, pool.query), workspace_bytes=budgeted)
+    if gather == "local" and reduction != "mean":
+        if reduction == "none":
+            withdraw(group)
+        return None
+    budget = workspace_bytes if workspace_bytes is not None else default_workspace(device)
+    return settle(group, len(pool.query), len(pool.candidates), budget, needed=gather != "local")
+
+
+def _total(weight: Tensor | None, counts: list[list[int]] | None, like: Tensor, group: ProcessGroup) -> Tensor:
+    """The weights of all ranks' rows, 1 each if there are none."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if weight is None and counts is not None:
+        return torch.full((), sum(counts[0]), dtype=dtype, device=like.device)
+    here = torch.full((), len(like), dtype=dtype, device=like.device) if weight is None else weight.sum()
+    return SumOverRanks.apply(here, group)
+
+
 def _of_all_ranks(pool: _Pool, process_group: ProcessGroup, gather: str, layout: str, with_queries: bool,
-                  workspace_bytes: int | None) -> _Pool:  # fmt: skip
+                  told: list[list[int]] | None) -> _Pool:  # fmt: skip
     """With the candidates of all ranks, gathered or to come in a ring; collective."""
-    n, (m, d) = len(pool.query), pool.candidates.shape
     if gather == "local":
         return pool
-    exact, rank = gather == "exact", process_group.rank()
-    budget = default_workspace(pool.query.device) if workspace_bytes is None else workspace_bytes
-    queries, counts, budgets = sizes_of_ranks(process_group, pool.query.device, n, m, budget)
+    assert told is not None
+    d, exact, rank = pool.query.shape[1], gather == "exact", process_group.rank()
+    queries, counts, budgets = told
     first, total = sum(counts[:rank]), sum(counts)
     large = 2 * total * d * pool.query.element_size() > RING_WORKSPACES * min(budgets)
     collect = functools.partial(gather_rows, counts=counts, group=process_group)
     ids = None if pool.candidate_ids is None else collect(pool.candidate_ids, gradients=False)
     ring = layout == "ring" or (layout == "auto" and large)
     pool = pool._replace(target=pool.target + first, ids_of_all=ids, total=total, first=first,
-                         group=process_group.group_name, ring=ring)  # fmt: skip
+                         group=process_group.group_name, counts=counts, ring=ring)  # fmt: skip
     if with_queries:
         of_queries = functools.partial(gather_rows, counts=queries, group=process_group)
         pool = pool._replace(

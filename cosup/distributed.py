@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosup.agreement import all_gather, is_due, settle
 from cosup.kernels.reference import ColumnState, RowState
 
 SUM_ROWS = 1024  # rows of a 16-bit gradient that are widened at once to be summed
@@ -32,18 +33,29 @@ class Shard(NamedTuple):
         return (target >= self.start) & (target < self.start + m)
 
 
-def shard(group_name: str, m: int, device: torch.device, workspace_bytes: int = 0, any_budget: bool = False) -> Shard:
-    """Tell the others how many columns are here, the budget, and whether it may be exceeded. Collective; waits for the
-    answer.
+def parts_of(group: dist.ProcessGroup, m: int, workspace_bytes: int = 0, any_budget: bool = False) -> list[int]:
+    """Tell the others how many columns are here, the budget, and whether it may be exceeded: the columns of each rank,
+    the least budget, whether none was given. Collective; waits for the answer.
 
     Raises:
         ValueError: On every rank, if one has no columns.
     """
-    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
-    counts, budgets, free = sizes_of_ranks(group, device, m, workspace_bytes, any_budget)
+    told = settle(group, m, workspace_bytes, any_budget)
+    assert told is not None
+    counts, budgets, free = told
     if not all(counts):
         raise ValueError(f"linear_weight must have rows on every rank of process_group, got {counts}")
-    return Shard(group, sum(counts[: group.rank()]), sum(counts), max(counts), min(budgets), all(free))
+    return [*counts, min(budgets), all(free)]
+
+
+def shard(group_name: str, parts: list[int]) -> Shard:
+    group = group_of(group_name)
+    *counts, budget, any_budget = parts
+    return Shard(group, sum(counts[: group.rank()]), sum(counts), max(counts), budget, bool(any_budget))
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def merge(state: RowState, mine: Tensor, s: Shard, rank: bool) -> None:
@@ -68,8 +80,7 @@ def sum_over_ranks(t: Tensor, s: Shard) -> None:
 
 def merge_columns(state: ColumnState, group_name: str) -> None:
     """Make the columns' statistic over the rows here that over all ranks' rows, in place."""
-    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
-    for field, value in zip(state, _merged(state, group), strict=True):
+    for field, value in zip(state, _merged(state, group_of(group_name)), strict=True):
         field.copy_(value)
 
 
@@ -99,12 +110,11 @@ def joined(one: ColumnState, other: ColumnState) -> ColumnState:
 
 
 class Peers:
-    """The ranks of a group, each with so many candidates. Making it is collective, and waits for the answer."""
+    """The ranks of a group, each with so many candidates."""
 
-    def __init__(self, group_name: str, count: int, device: torch.device):
-        self.group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+    def __init__(self, group_name: str, counts: list[int]):
+        self.group, self.counts = group_of(group_name), counts
         self.rank, self.world = self.group.rank(), self.group.size()
-        (self.counts,) = sizes_of_ranks(self.group, device, count)
 
     def swap(self, sent: list[Tensor], to: int, found: list[Tensor], by: int) -> Swap:
         """Send tensors to a rank and take others, in place, from a rank, while the caller goes on; none from itself."""
@@ -128,15 +138,7 @@ class Swap(NamedTuple):
 
 def add_over_ranks(t: Tensor, group_name: str) -> None:
     """t += those of the other ranks."""
-    dist.all_reduce(t, group=dist.distributed_c10d._resolve_process_group(group_name))  # type: ignore[arg-type]
-
-
-def sizes_of_ranks(group: dist.ProcessGroup, device: torch.device, *sizes: int) -> list[list[int]]:
-    """Each size on every rank. Collective; waits for the answer."""
-    table = torch.zeros(len(sizes), group.size(), dtype=torch.int64, device=device)
-    table[:, group.rank()] = torch.tensor(sizes)
-    dist.all_reduce(table, group=group)
-    return table.tolist()
+    dist.all_reduce(t, group=group_of(group_name))
 
 
 def gather(t: Tensor, counts: list[int], group: dist.ProcessGroup, *, gradients: bool = True) -> Tensor:
@@ -153,7 +155,7 @@ def _gather(t: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
     widest = max(counts)
     padded = F.pad(t, (*(t.ndim - 1) * (0, 0), 0, widest - len(t))).contiguous()
     everything = padded.new_empty(group.size(), *padded.shape)
-    dist.all_gather_into_tensor(everything.flatten(0, 1), padded, group=group)
+    all_gather(everything.flatten(0, 1), padded, group=group)
     if min(counts) == widest:
         return everything.flatten(0, 1)
     return torch.cat([rows[:count] for rows, count in zip(everything, counts, strict=True)])
@@ -189,9 +191,29 @@ class SumOverRanks(torch.autograd.Function):
         return SumOverRanks.apply(grad.contiguous(), ctx.group), None
 
 
-class LossOfRanks(SumOverRanks):
-    """The sum over all ranks of their parts of a loss, on each of them, with the gradient of the part here alone."""
+class _LossOfRanks(SumOverRanks):
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _ToldLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, total):
+        return torch.full_like(t, total)
 
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+def loss_of_ranks(loss: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over all ranks of their parts of a loss, on each of them, with the gradient of the part here alone. In
+    the message that is due, where the host holds the loss."""
+    if loss.device.type == "cpu" and is_due(group):
+        told = settle(group, loss.item())
+        assert told is not None
+        return _ToldLoss.apply(loss, sum(told[0]))
+    if is_due(group):
+        settle(group, needed=False)
+    return _LossOfRanks.apply(loss, group)

@@ -7,12 +7,13 @@ co_supervision_loss    L = L_NTP + nsp_weight * L_NSP      (arXiv 2403.09024)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosup.agreement import is_due, same_call, settle
 from cosup.checks import (
     as_integer,
     autocast,
@@ -23,7 +24,7 @@ from cosup.checks import (
     check_vector,
 )
 from cosup.contrastive import info_nce
-from cosup.distributed import LossOfRanks, SumOverRanks
+from cosup.distributed import SumOverRanks, loss_of_ranks
 from cosup.softmax import RowStats, softmax_nll
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class CoSupervisionOutput(NamedTuple):
     nsp_stats: RowStats | None
 
 
+@same_call(alike=("input", "target", "token_weight", "lora"), contents=("target", "token_weight"))
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
                          weight: Tensor | None = None, reduction: str = "mean", ignore_index: int = -100,
                          label_smoothing: float = 0.0, z_loss: float = 0.0, logit_scale: float = 1.0,
@@ -139,6 +141,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
     return (loss, RowStats(*(f.detach().reshape(rows) for f in stats))) if return_stats else loss
 
 
+@same_call(alike=("input", "target"), contents=("target",))
 def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
                     temperature: float = 1.0, ignore_index: int = -100, logit_scale: float = 1.0,
                     logit_softcap: float | None = None, shift: int = 0,
@@ -178,6 +181,7 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
     return RowStats(*(f.reshape(input.shape[:-1]) for f in stats))
 
 
+@same_call()
 def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, query: Tensor, candidates: Tensor,
                         target: Tensor | None = None, *, linear_bias: Tensor | None = None,
                         candidate_ids: Tensor | None = None, nsp_weight: float = 1.0, mode: str = "joint",
@@ -220,19 +224,20 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
     ntp_count = (labels[:, 1:] != -100).sum()
     ntp_loss, no_queries = _nothing(hidden, linear_weight, linear_bias), _nothing(query, candidates, temperature)
     nsp_loss, nsp_stats = no_queries, None
-    if process_group is not None and (ntp_normalizer is None or nsp_normalizer is None):
-        counts = SumOverRanks.apply(torch.stack([ntp_count, ntp_count.new_tensor(len(query))]), process_group)
-        ntp_normalizer = counts[0] if ntp_normalizer is None else ntp_normalizer
-        nsp_normalizer = counts[1] if nsp_normalizer is None else nsp_normalizer
+    ntp_sum: Any = ntp_loss
     if mode != "nsp":
         ntp_sum = linear_cross_entropy(hidden, linear_weight, labels, linear_bias=linear_bias, reduction="sum", shift=1,
                                        logit_scale=logit_scale, logit_softcap=logit_softcap,
                                        workspace_bytes=workspace_bytes)  # fmt: skip
-        assert isinstance(ntp_sum, Tensor)
+    if process_group is not None and (ntp_normalizer is None or nsp_normalizer is None):
+        targets, queries = _counts(ntp_count, len(query), process_group)
+        ntp_normalizer = targets if ntp_normalizer is None else ntp_normalizer
+        nsp_normalizer = queries if nsp_normalizer is None else nsp_normalizer
+    if mode != "nsp":
         normalizer = ntp_count if ntp_normalizer is None else ntp_normalizer
         ntp_loss = ntp_loss + ntp_sum / _one_for_none(normalizer)
         if process_group is not None:
-            ntp_loss = LossOfRanks.apply(ntp_loss, process_group)
+            ntp_loss = loss_of_ranks(ntp_loss, process_group)
     if mode != "ntp" and (len(query) or process_group is not None):
         nsp_sum, nsp_stats = info_nce(query, candidates, target, temperature=temperature, normalize=normalize,
                                       candidate_ids=candidate_ids, reduction="sum", return_stats=True,
@@ -242,6 +247,18 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
     without = not isinstance(nsp_weight, Tensor) and nsp_weight == 0  # 0 times an infinite loss is no number
     loss = ntp_loss + (no_queries if without else nsp_weight * nsp_loss)
     return CoSupervisionOutput(loss, ntp_loss, nsp_loss, ntp_count, len(query), nsp_stats)
+
+
+def _counts(targets: Tensor, queries: int, group: ProcessGroup) -> tuple[float | Tensor, float | Tensor]:
+    """Those of all ranks; in the message that is due, where the host knows them."""
+    if targets.device.type == "cpu" and is_due(group):
+        told = settle(group, int(targets), queries)
+        assert told is not None
+        return sum(told[0]), sum(told[1])
+    if is_due(group):
+        settle(group, needed=False)
+    counts = SumOverRanks.apply(torch.stack([targets, targets.new_tensor(queries)]), group)
+    return counts[0], counts[1]
 
 
 def _one_for_none(count: float | Tensor) -> float | Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cosup.agreement import agreed, settle
 from cosup.contrastive import info_nce, sigmoid_loss
 from cosup.losses import CoSupervisionOutput, co_supervision_loss, linear_cross_entropy
 
@@ -201,19 +202,27 @@ class CandidateQueue(nn.Module):
             ValueError: Another shape, dtype or device, named with what was wanted and what came.
         """
         size, width = self.vectors.shape
+        queue = f"{self.vectors.dtype} [{size}, {width}] after {self.enqueued}"
+        with agreed(self.process_group, "enqueue", {"queue": queue}):
+            self._check(vectors, ids)
+            counts = settle(self.process_group, len(ids))
+        vectors = vectors.to(self.vectors.dtype)
+        if self.process_group is not None:
+            assert counts is not None
+            vectors, ids = (_of_all_ranks(self.process_group, t, counts[0]) for t in (vectors, ids))
+        self.enqueued += len(ids)
+        vectors, ids = vectors[-size:], ids[-size:]
+        rows = torch.arange(self.enqueued - len(ids), self.enqueued, device=ids.device) % size
+        self.vectors[rows], self.ids[rows] = vectors, ids
+
+    def _check(self, vectors: Tensor, ids: Tensor) -> None:
+        width = self.vectors.shape[1]
         if vectors.ndim != 2 or vectors.shape[1] != width or not vectors.is_floating_point():
             raise ValueError(f"vectors must be floating [n, {width}], got {vectors.dtype} {[*vectors.shape]}")
         if ids.shape != vectors.shape[:1] or ids.dtype != torch.int64:
             raise ValueError(f"ids must be int64 [{len(vectors)}], got {ids.dtype} {[*ids.shape]}")
         if {vectors.device, ids.device} != {self.ids.device}:
             raise ValueError(f"want vectors and ids on {self.ids.device}, got {vectors.device} and {ids.device}")
-        vectors = vectors.to(self.vectors.dtype)
-        if self.process_group is not None:
-            vectors, ids = _of_all_ranks(self.process_group, vectors, ids)
-        self.enqueued += len(ids)
-        vectors, ids = vectors[-size:], ids[-size:]
-        rows = torch.arange(self.enqueued - len(ids), self.enqueued, device=ids.device) % size
-        self.vectors[rows], self.ids[rows] = vectors, ids
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.enqueued)
@@ -222,16 +231,10 @@ class CandidateQueue(nn.Module):
         self.enqueued = int(state)
 
 
-def _of_all_ranks(group: ProcessGroup, *tensors: Tensor) -> list[Tensor]:
-    """Each tensor's rows of all ranks, in rank order; the tensors have equally many here, ranks may not."""
-    here = torch.tensor([len(tensors[0])], device=tensors[0].device)
-    counts = [torch.empty_like(here) for _ in range(group.size())]
-    dist.all_gather(counts, here, group)
-    most, gathered = max(map(int, counts)), []
-    for tensor in tensors:
-        padded = tensor.new_zeros(most, *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded, group)
-        gathered.append(torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]))
-    return gathered
+def _of_all_ranks(group: ProcessGroup, tensor: Tensor, counts: list[int]) -> Tensor:
+    """The rows of all ranks, in rank order, so many of each."""
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -17,9 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosup import ring as ring_walk
+from cosup.agreement import agreed, settle
 from cosup.counting import countable, counted, worth_counting
 from cosup.direct import call, differentiable, operator
-from cosup.distributed import Peers, add_over_ranks, joined, merge_columns, shard, sum_over_ranks
+from cosup.distributed import (
+    Peers,
+    add_over_ranks,
+    group_of,
+    joined,
+    merge_columns,
+    parts_of,
+    shard,
+    sum_over_ranks,
+)
 from cosup.kernels.reference import ColumnState, RowState, RowValues, scaled, times
 from cosup.plan import Plan, Strategy, enough, plan, strip_cols, used
 from cosup.positives import Positives
@@ -45,14 +55,14 @@ GRADS = len(Need._fields)  # ``need`` of an operator says which of these are ask
 
 
 def _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
-             margin, pool, symmetric, workspace_bytes, backend, group, invariant, pair_logit=None,
+             margin, pool, symmetric, workspace_bytes, backend, group, parts, invariant, pair_logit=None,
              peers: Peers | None = None) -> Problem:  # fmt: skip
     """Check the targets and leave out ignored rows: by picking on a CPU, by idle coefficients on CUDA (no sync) and
     where a row must stay in its place; ``cosup.counting`` does better on some devices."""
     any_budget, part = workspace_bytes is None, None
     budget = default_workspace(x.device) if workspace_bytes is None else workspace_bytes
     if group is not None:
-        part = shard(group, len(w), x.device, budget, any_budget)
+        part = shard(group, parts or parts_of(group_of(group), len(w), budget, any_budget))
         budget, any_budget = part.workspace_bytes, part.any_budget
     # else each GEMM would copy its part
     x, w, x2, w2 = (t if t is None or 1 in t.stride() else t.contiguous() for t in (x, w, x2, w2))
@@ -166,6 +176,19 @@ def _ready(p: Problem, blocks, gap: float | None, rank: bool) -> Problem:
     return best_positives(p, blocks) if rank else p
 
 
+def _peers(ring: str | None, parts: list[int] | None, w: Tensor) -> Peers | None:
+    if ring is None:
+        return None
+    told = [parts] if parts else settle(group_of(ring), len(w))
+    assert told is not None
+    return Peers(ring, told[0])
+
+
+def _planning(group: str | None, workspace_bytes: int | None):
+    """A budget may be too small on one rank alone; one that nobody gave never is."""
+    return agreed(None if group is None or workspace_bytes is None else group_of(group), "blocks")
+
+
 def _columns(p: Problem, row_group: str | None, weight: Tensor | None = None, top: Tensor | None = None,
              total: Tensor | None = None) -> Columns | None:  # fmt: skip
     """The columns' statistic, new or known, and the weights of rows' targets in their own softmax; None: not asked."""
@@ -194,8 +217,8 @@ def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor 
               col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None,
               pair_start: Tensor | None, pair_col: Tensor | None, softcap: float, ignore_index: int | None,
               margin: float, gap: float | None, pool: str, symmetric: bool, rank: bool, need: list[bool],
-              workspace_bytes: int | None, backend: str, group: str | None, invariant: bool, row_group: str | None,
-              ring: str | None,
+              workspace_bytes: int | None, backend: str, group: str | None, parts: list[int] | None, invariant: bool,
+              row_group: str | None, ring: str | None,
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                          Tensor, Tensor]:  # fmt: skip
     """nll, lse, entropy, sum_m soft[m] z[m], nll of the target's column among the rows: each [N], with derivatives;
@@ -207,16 +230,20 @@ def nll_stats(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, bias: Tensor 
 
     ``need``: which gradients a backward pass will make: of x, w, bias, x2, w2, scale. ``row_group``: its ranks hold the
     rows among them, and columns have the statistic over all; asked only with ``symmetric``. ``ring``: its ranks hold
-    rows and columns among them; targets are among the columns of all, and here.
+    rows and columns among them; targets are among the columns of all, and here. ``parts``: what ``parts_of`` told of
+    the group, or the columns of each rank of the ring; None: ask them.
     """
-    peers = None if ring is None else Peers(ring, len(w), w.device)
+    peers = _peers(ring, parts, w)
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
-                 margin, pool, symmetric, workspace_bytes, backend, group, invariant, peers=peers)  # fmt: skip
+                 margin, pool, symmetric, workspace_bytes, backend, group, parts, invariant, peers=peers)  # fmt: skip
     of = Need(*need[:GRADS])  # in the blocks of the backward pass: products of other shapes may round otherwise
-    p, blocks = _planned(p, backend, invariant=invariant, need=of, weights_known=False)
+    planned = functools.partial(_plan, backend=backend, invariant=False, need=of, weights_known=False)
+    with _planning(row_group or ring, workspace_bytes):
+        p, blocks = _planned(p, backend, invariant=invariant, need=of, weights_known=False)
+        for m in set(() if peers is None else peers.counts):
+            planned(p._replace(w=w.new_empty(m, 0)))
     p = _ready(p, blocks, gap, rank)
     if peers is not None:
-        planned = functools.partial(_plan, backend=backend, invariant=False, need=of, weights_known=False)
         state, columns = ring_walk.statistics(p, peers, planned, backend, rank)
         return _statistics(p, state, columns, rank, backend)  # type: ignore[return-value]
     columns = _columns(p, row_group)
@@ -248,12 +275,14 @@ def nll_stats_backward(grad_nll: Tensor, grad_lse: Tensor | None, grad_entropy: 
                        x2: Tensor | None, w2: Tensor | None, pair_start: Tensor | None, pair_col: Tensor | None,
                        softcap: float, ignore_index: int | None, margin: float, gap: float | None, pool: str,
                        symmetric: bool, need: list[bool], workspace_bytes: int | None, backend: str,
-                       group: str | None, invariant: bool, row_group: str | None, ring: str | None,
+                       group: str | None, parts: list[int] | None, invariant: bool, row_group: str | None,
+                       ring: str | None,
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dw, dbias, dx2, dw2 for upstream gradients of what ``nll_stats`` gives; empty where not needed."""
-    peers = None if ring is None else Peers(ring, len(w), w.device)
+    peers = _peers(ring, parts, w)
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
-                 margin, pool, symmetric, workspace_bytes, backend, group, invariant, pair_logit, peers)  # fmt: skip
+                 margin, pool, symmetric, workspace_bytes, backend, group, parts, invariant, pair_logit,
+                 peers)  # fmt: skip
     of = Need(*need[:GRADS])
     p, blocks = _planned(p, backend, invariant=invariant, need=of, weights_known=False)
     p = _ready(p, blocks, gap, rank=False)
@@ -288,7 +317,7 @@ def _fake_grads(x, w, scale, x2, w2, need):
 
 
 def _stats_context(ctx, inputs, output):
-    tensors, ctx.features, ctx.need, ctx.end = inputs[:12], inputs[12:-8], inputs[-7], inputs[-6:]
+    tensors, ctx.features, ctx.need, ctx.end = inputs[:12], inputs[12:-9], inputs[-8], inputs[-7:]
     ctx.save_for_backward(*tensors, *output[:7], *output[8:])
     ctx.mark_non_differentiable(*output[5:])
     ctx.set_materialize_grads(False)
@@ -301,7 +330,7 @@ def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, grad_colum
     tensors, (nll, lse, entropy, soft_logit, _, top, total, excess, col_excess, *known) = saved[:12], saved[12:]
     dx = dw = dbias = dx2 = dw2 = dscale = None
     if all(g is None for g in grads):
-        return 26 * (None,)
+        return 27 * (None,)
     if any(ctx.need[:GRADS]):
         grad_nll = torch.zeros_like(nll) if grad_nll is None else grad_nll
         options = (*ctx.features, ctx.need, *ctx.end)
@@ -314,7 +343,7 @@ def _stats_backward(ctx, grad_nll, grad_lse, grad_entropy, grad_soft, grad_colum
                              None if grad_soft is None else -grad_soft)  # fmt: skip
         of_columns = None if grad_column is None else times(grad_column, col_excess)
         dscale = _scale_grad(weights, lse, entropy, excess, soft_logit, of_columns, *tensors[3:5], dbias)
-    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *16 * [None]
+    return dx, dw, None, dscale, dbias, None, None, None, dx2, dw2, *17 * [None]
 
 
 def _once(*grads: Tensor | None) -> None:
@@ -348,20 +377,22 @@ def loss_and_grads(x: Tensor, w: Tensor, target: Tensor, b: Tensor, c: Tensor | 
                    col_id: Tensor | None, soft: Tensor | None, x2: Tensor | None, w2: Tensor | None,
                    pair_start: Tensor | None, pair_col: Tensor | None, softcap: float, ignore_index: int | None,
                    margin: float, gap: float | None, pool: str, rank: bool, need: list[bool],
-                   workspace_bytes: int | None, backend: str, group: str | None, invariant: bool, row_group: str | None,
+                   workspace_bytes: int | None, backend: str, group: str | None, parts: list[int] | None,
+                   invariant: bool, row_group: str | None,
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                               Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum of :func:`row_losses`, what ``nll_stats`` gives, the sum's gradients as ``nll_stats_backward`` does.
     ``v`` [N]: weights of the targets' columns among the rows; None: no statistic of columns."""
     p = _problem(x, w, target, scale, bias, row_id, col_id, soft, x2, w2, pair_start, pair_col, softcap, ignore_index,
-                 margin, pool, v is not None, workspace_bytes, backend, group, invariant)  # fmt: skip
+                 margin, pool, v is not None, workspace_bytes, backend, group, parts, invariant)  # fmt: skip
     # columns' statistics must be merged between two sweeps where ranks hold the rows
     of = Need(*need[:GRADS])
     planned = functools.partial(_planned, invariant=invariant, need=of, weights_known=row_group is None, rank=rank)
-    all_rows, (p, blocks) = p, planned(p, backend)
-    if backend == NARROW and rank and blocks.block_cols < len(w):  # a rank compares the logits of several tiles
-        backend = "triton"
-        p, blocks = planned(all_rows, backend)
+    with _planning(row_group, workspace_bytes):
+        all_rows, (p, blocks) = p, planned(p, backend)
+        if backend == NARROW and rank and blocks.block_cols < len(w):  # a rank compares the logits of several tiles
+            backend = "triton"
+            p, blocks = planned(all_rows, backend)
     weights, known, columns = RowWeights(b, c, e, q), None, _columns(p, row_group, v)
     p = _ready(p, blocks, gap, rank)
     if blocks.strategy is Strategy.RECOMPUTE:  # in the same blocks: products of other shapes may round otherwise
@@ -432,7 +463,7 @@ def _(x, w, target, b, c, e, q, v, scale, bias, row_id, col_id, soft, x2, w2, pa
 
 
 def _grads_context(ctx, inputs, output):
-    ctx.need, ctx.backend = inputs[-6], inputs[-4]
+    ctx.need, ctx.backend = inputs[-7], inputs[-5]
     ctx.save_for_backward(*inputs[3:10], *output[1:6], *output[9:11], *output[1 + STATS :])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -442,7 +473,7 @@ def _grads_backward(ctx, grad_loss, *_):
     _once(grad_loss)
     b, c, e, q, v, scale, bias, nll, lse, entropy, soft_logit, col_nll, excess, col_excess, *grads = ctx.saved_tensors
     if grad_loss is None:
-        return 29 * (None,)
+        return 30 * (None,)
     dscale = None
     if ctx.need[GRADS]:
         of_columns = None if v is None else times(v, col_excess)
@@ -453,7 +484,7 @@ def _grads_backward(ctx, grad_loss, *_):
     rows = (lambda: nll, lambda: lse, lambda: -soft_logit, lambda: lse.square() / 2, lambda: col_nll)
     wanted = ctx.needs_input_grad[3:8]
     dweights = [times(r(), grad_loss) if asked else None for r, asked in zip(rows, wanted, strict=True)]
-    return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *14 * [None]
+    return dx, dw, None, *dweights, dscale, dbias, None, None, None, dx2, dw2, *15 * [None]
 
 
 def _scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
@@ -470,7 +501,8 @@ differentiable(loss_and_grads, _grads_backward, _grads_context)
 
 
 @operator("cosup::column_values")
-def column_values(vector: Tensor, target: Tensor, group: str | None) -> tuple[Tensor, Tensor, Tensor]:
+def column_values(vector: Tensor, target: Tensor, group: str | None,
+                  parts: list[int] | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """vector[target] [N], the vector's sum and its length, where the vector's parts lie on the ranks of a group.
 
     Targets that are no column give any value; the engine refuses them, or ignores their rows.
@@ -480,7 +512,7 @@ def column_values(vector: Tensor, target: Tensor, group: str | None) -> tuple[Te
     if group is None:
         values = vector[target.clamp(0, m - 1)] if m else torch.zeros_like(target, dtype=vector.dtype)
         return values, total, count
-    part = shard(group, m, vector.device)
+    part = shard(group, parts or parts_of(group_of(group), m))
     here = part.holds(target, m)
     values = torch.where(here, vector[(target - part.start).clamp(0, m - 1)], 0.0)
     sums = torch.stack([total, count])
@@ -490,7 +522,7 @@ def column_values(vector: Tensor, target: Tensor, group: str | None) -> tuple[Te
 
 
 @column_values.register_fake
-def _(vector, target, group):
+def _(vector, target, group, parts):
     return vector.new_empty(target.shape), vector.new_empty(()), vector.new_empty(())
 
 
@@ -596,7 +628,7 @@ def sigmoid_loss(x: Tensor, w: Tensor, target: Tensor, weight: Tensor | None, sc
     With ``weight`` [N] the loss is sum_n weight[n] rows[n], and dx, dw are its gradients, from the same sweep. Without,
     the loss is [N], rows is empty, dx, dw come in the backward pass. ``need``: of x, w, scale or bias.
     """
-    options: Any = (*5 * [None], 0.0, None, 0.0, "", False, workspace_bytes, backend, None, False)
+    options: Any = (*5 * [None], 0.0, None, 0.0, "", False, workspace_bytes, backend, None, None, False)
     p = _problem(x, w, target, scale, bias.expand(len(w)), row_id, col_id, *options)._replace(sigmoid=True)
     weights = None if weight is None else RowWeights(weight)
     known, asked = None if sums else RowState.empty(len(x), scale), Need(*need[:2])

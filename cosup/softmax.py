@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosup import ops
+from cosup.agreement import note
 from cosup.checks import check_call
 from cosup.direct import call
-from cosup.walk import RowWeights, narrowed, resolve
+from cosup.distributed import parts_of
+from cosup.walk import RowWeights, default_workspace, narrowed, resolve
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,7 +50,8 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
                  symmetric: bool = False, reduction: str, weight: Tensor | None = None,
                  class_weight: Tensor | None = None, label_smoothing: float = 0.0, kept: Tensor | None = None,
                  z_loss: float = 0.0, rank: bool, process_group: ProcessGroup | None = None,
-                 row_group: str | None = None, ring: str | None = None, batch_invariant: bool = False,
+                 row_group: str | None = None, ring: str | None = None, parts: list[int] | None = None,
+                 batch_invariant: bool = False,
                  host_scale: float | None = None,
                  workspace_bytes: int | None, backend: str) -> tuple[Tensor, RowStats]:  # fmt: skip
     """All losses: weigh the rows, run the operator that knows their weights or the one that waits for them, reduce.
@@ -64,6 +67,10 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
     need[2] |= need[5] and bias is not None  # the scale's gradient takes it in
     if backend == "fused" and (any(need[:-1]) or symmetric or margin or gap is not None or pairs is not None):
         backend = "triton"  # a second sweep's products must round as those did that the statistics are of
+    if process_group is not None and not torch.compiler.is_compiling():  # there the operators ask
+        note(process_group, dtype=str(x.dtype), backend=backend, gradients=[any(need[:-1]), need[0], need[3]])
+        budget = default_workspace(x.device) if workspace_bytes is None else workspace_bytes
+        parts = parts_of(process_group, len(w), budget, workspace_bytes is None)
     known = weights_known(reduction, x.dtype) and ring is None
     if known and any(need[:-1]) and all(t is None for t in (lora, pairs, gap, group, row_group)):
         backend = narrowed(backend, x, host_scale)
@@ -75,7 +82,8 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
         x, x2 = F.pad(x, (0, 0, *padding)), None if x2 is None else F.pad(x2, (0, 0, *padding))
         target = F.pad(target, padding, value=ignore_index)
         weight, valid = F.pad(weight, padding), F.pad(valid, padding)
-    weights, soft, divisor = _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group)
+    weights, soft, divisor = _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group,
+                                           parts)  # fmt: skip
     if reduction == "mean":
         divisor = divisor.masked_fill(divisor == 0, 1.0)
         weights = weights.map(lambda v: ops.divided(v, divisor))
@@ -85,7 +93,7 @@ def softmax_nll(x: Tensor, w: Tensor, target: Tensor, scale: Tensor, *, bias: Te
         of_columns = (ops.divided(weight, divisor) if reduction == "mean" else weight) / 2
     pair_start, pair_col = (None, None) if pairs is None else pairs
     options: Any = (softcap, ignore_index, margin, gap, pool)
-    end: Any = (rank, need, workspace_bytes, backend, group, batch_invariant, row_group)
+    end: Any = (rank, need, workspace_bytes, backend, group, parts, batch_invariant, row_group)
     if known and any(need[:-1]):
         loss, nll, lse, entropy, _, _, _, _, above, *_ = call(
             ops.loss_and_grads, x, w, target, weights.b, weights.c, weights.e, weights.q, of_columns, scale, bias,
@@ -109,13 +117,13 @@ def weights_known(reduction: str, dtype: torch.dtype) -> bool:
     return reduction != "none" and dtype != torch.float16
 
 
-def _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group):
+def _row_weights(weight, target, valid, w, class_weight, label_smoothing, kept, z_loss, group, parts):
     """The formula of :func:`linear_cross_entropy` as weights of the engine's statistics; the weights of the columns in
     the soft targets; what "mean" divides by."""
     b, c, e, soft = weight, None, None, None
     if class_weight is not None or label_smoothing:
         columns = weight.new_ones(w.shape[0]) if class_weight is None else class_weight.detach().to(weight.dtype)
-        own, total, count = call(ops.column_values, columns, target, group)
+        own, total, count = call(ops.column_values, columns, target, group, parts)
         b = ops.weighted(weight, own)  # an ignored target may have met a weight of inf
     divisor = b.sum()
     if label_smoothing:

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cosup import losses
+from cosup.agreement import agreed, settle
 from cosup.checks import check_positive, check_reduction
 from cosup.compat.tensors import check_tensors
-from cosup.distributed import sizes_of_ranks
 
 
 class LinearCrossEntropyImpl(enum.Enum):
@@ -86,14 +86,19 @@ def linear_cross_entropy(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | N
         ValueError: A wrong shape, dtype, device or option, named with what was wanted and what came.
         IndexError: A target out of range (on CUDA a device-side assertion).
     """
-    _check(softcap, reduction, shift, filter_eps, impl)
-    e, c, bias = check_tensors(("e", "c", "targets"), e, c, targets, bias)
-    length = targets.shape[-1] if targets.ndim else 1
-    if not (shift == 0 or 0 < shift < length):
-        raise ValueError(f"shift must be an integer in [0, {length}), got {shift!r}")
-    shift = int(shift)
-    group = None if vocab_parallel_options is None else _group(c, vocab_parallel_options)
-    if vocab_parallel_options is not None and not vocab_parallel_options.reduce_e_grad:
+    part = vocab_parallel_options
+    group = None if part is None else _group(part)
+    facts = {"return_lse": return_lse, "reduce_e_grad": part is None or part.reduce_e_grad}
+    with agreed(group, "cut_cross_entropy", facts):
+        _check(softcap, reduction, shift, filter_eps, impl)
+        e, c, bias = check_tensors(("e", "c", "targets"), e, c, targets, bias)
+        length = targets.shape[-1] if targets.ndim else 1
+        if not (shift == 0 or 0 < shift < length):
+            raise ValueError(f"shift must be an integer in [0, {length}), got {shift!r}")
+        shift = int(shift)
+        if part is not None:
+            _check_parts(c, part, group)
+    if part is not None and not part.reduce_e_grad:
         e = _with_share_of_gradient(e, dist.get_world_size(group))
     head: dict[str, Any] = {"linear_bias": bias, "ignore_index": ignore_index, "logit_softcap": softcap,
                             "shift": shift, "process_group": group}  # fmt: skip
@@ -152,17 +157,23 @@ def _with_share_of_gradient(e: Tensor, world: int) -> Tensor:
     return e
 
 
-def _group(c: Tensor, part: VocabParallelOptions) -> dist.ProcessGroup:
-    """The ranks of a head, whose parts must lie in rank order. Collective; an error is raised on every rank."""
+def _group(part: VocabParallelOptions) -> dist.ProcessGroup:
+    """The ranks of a head."""
     if not isinstance(part, VocabParallelOptions):
         raise ValueError(f"vocab_parallel_options must be VocabParallelOptions or None, got {part!r}")
     group = part.group or dist.group.WORLD
     if group is None:
         raise ValueError("vocab_parallel_options must have processes to be parallel over, got no process group")
-    starts, stops, rows = sizes_of_ranks(group, c.device, part.start, part.stop, len(c))
+    return group
+
+
+def _check_parts(c: Tensor, part: VocabParallelOptions, group: dist.ProcessGroup | None) -> None:
+    """That they lie in rank order. Collective; an error is raised on every rank."""
+    told = settle(group, part.start, part.stop, len(c))
+    assert told is not None
+    starts, stops, rows = told
     if starts != [0, *stops[:-1]] or [b - a for a, b in zip(starts, stops, strict=True)] != rows:
         ranges = [*zip(starts, stops, strict=True)]
         raise ValueError(
             f"vocab_parallel_options must be ranges in rank order of as many rows as c has, {rows}, got {ranges}"
         )
-    return group

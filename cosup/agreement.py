@@ -1,0 +1,246 @@
+"""What the ranks of a group agree on before they exchange anything else: that all make the same call, and none failed.
+
+    with agreed(group, "name", facts):      an error in here is raised on all ranks, if the message is still due
+        ...                                 what this rank does alone
+        counts, = settle(group, count)      the message: at the latest where the block ends
+        ...                                 now they may exchange what they like
+        reopen(group)                       from here on another message is due, at the latest where the block ends
+
+Every message has one form: a digest of what the host knows of the call, or that this rank failed, and a few numbers.
+So that of a rank that failed meets that of the others, whichever call they are in: nobody waits, and no later call
+meets an earlier one. Only where digests differ a second message says why. It goes by the CPU where the group can.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# its name from torch 2.13 on, and before
+all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+NUMBERS = 3  # of a message, at most
+FAILED = -1  # in place of a digest, which is positive
+KINDS = {kind.__name__: kind for kind in (ValueError, IndexError, TypeError)}  # of error that others raise too
+SIMPLE = (type(None), bool, int, float, str)
+Function = TypeVar("Function", bound=Callable)
+
+
+@dataclass(eq=False)
+class _Block:
+    group: str
+    call: str
+    facts: dict[str, Any]
+    due: bool = True  # whether its message is
+
+
+class _Blocks(threading.local):
+    def __init__(self) -> None:
+        self.open: list[_Block] = []  # of this thread, the outermost first
+
+
+@dataclass
+class _Sent:
+    digests: set[tuple[str, int]] = field(default_factory=set)
+
+
+_blocks, _sent = _Blocks(), _Sent()
+
+
+class _Tensor(NamedTuple):
+    dtype: str
+    ndim: int
+    shape: tuple[int, ...]  # as far as it must be alike
+    device: str
+    gradient: bool  # whether one is asked
+    number: int | float | str  # what it holds, or its checksum
+
+
+@contextmanager
+def agreed(group: dist.ProcessGroup | None, call: str, facts: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """An error in this block is raised on all ranks of the group, unless it comes after the message; None: on this one.
+
+    The message is sent by ``settle``, also that of a block in this one, or where the block ends. What ``facts`` hold
+    must be alike on all ranks.
+
+    Raises:
+        ValueError, IndexError, TypeError, RuntimeError: The first error of a rank, which it names, by its kind; of
+            any other kind a RuntimeError. ValueError: The facts of ranks differ.
+    """
+    if group is None:
+        yield
+        return
+    block, failure = _Block(group.group_name, call, dict(facts or {})), None
+    _blocks.open.append(block)
+    try:
+        yield
+    except Exception as error:
+        if not block.due:
+            raise
+        failure = error
+    finally:
+        _blocks.open.remove(block)
+    if block.due:
+        _exchange(group, [*_due(group), block], (), failure, needed=True)
+
+
+def settle(group: dist.ProcessGroup | None, *numbers: float, needed: bool = True) -> list[list[Any]] | None:
+    """Send the message that is due, with numbers, int or float; waits for the answer: each number on every rank.
+
+    Without ``needed`` the answer is not asked for. Where the message goes by a GPU, it is then sent only if it is the
+    first of its facts, so that the host waits for the GPU no second time; None: not sent.
+    """
+    if group is None:
+        return [[number] for number in numbers]
+    return _exchange(group, _due(group), numbers, None, needed)
+
+
+def reopen(group: dist.ProcessGroup | None) -> None:
+    """From here on an error in the blocks that are open is told in the next message."""
+    for block in _blocks.open:
+        block.due |= group is not None and block.group == group.group_name
+
+
+def withdraw(group: dist.ProcessGroup | None) -> None:
+    """Nothing will be exchanged in the innermost block: it needs no message."""
+    if group is not None and _blocks.open:
+        _blocks.open[-1].due = False
+
+
+def is_due(group: dist.ProcessGroup | None) -> bool:
+    return group is not None and bool(_due(group))
+
+
+def note(group: dist.ProcessGroup | None, **facts: Any) -> None:
+    """More facts of the innermost block, once they are known."""
+    if group is not None and _blocks.open:
+        _blocks.open[-1].facts |= facts
+
+
+def same_call(alike: Collection[str] = (), contents: Collection[str] = ()) -> Callable[[Function], Function]:
+    """Decorator: a function with ``process_group`` is ``agreed``, its arguments are the facts.
+
+    Tensors may have other rows on each rank, but for those named in ``alike``; on a CPU those named in ``contents``
+    hold the same numbers, and so do scalars. Budgets are no facts.
+    """
+
+    def decorate(function: Function) -> Function:
+        defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+        positions = tuple(defaults)
+        no_facts = {"process_group", "workspace_bytes"}
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            group = kwargs.get("process_group")
+            if group is None or torch.compiler.is_compiling():  # compiled: the sizes are told by the operators
+                return function(*args, **kwargs)
+            if not isinstance(group, dist.ProcessGroup):
+                raise ValueError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
+            given = dict(zip(positions, args, strict=False)) | kwargs
+            facts = {name: _fact(given[name], bool(alike) and name not in alike, name in alike, name in contents)
+                     for name in sorted(given)
+                     if name not in no_facts and not _is_default(given[name], defaults.get(name))}  # fmt: skip
+            with agreed(group, function.__name__, facts):
+                return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return isinstance(value, SIMPLE) and type(value) is type(default) and value == default
+
+
+def _fact(value: Any, frozen: bool, alike: bool, contents: bool) -> Any:
+    """What must be alike of an argument. frozen: whether a gradient is asked of it may differ."""
+    if isinstance(value, SIMPLE):
+        return value
+    if isinstance(value, tuple | list):
+        return [_fact(part, frozen, alike, contents) for part in value]
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    shape, number = (*value.shape,), ""
+    if not alike:  # rows, and how many there are to a sequence, may differ
+        shape = shape[-1:] if len(shape) > 1 and value.is_floating_point() else ()
+    if value.device.type == "cpu" and not value.ndim:
+        number = value.item()
+    elif value.device.type == "cpu" and contents:
+        number = zlib.crc32(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    gradient = value.requires_grad and not frozen and torch.is_grad_enabled()
+    return _Tensor(str(value.dtype), value.ndim, shape, value.device.type, gradient, number)
+
+
+def _due(group: dist.ProcessGroup) -> list[_Block]:
+    return [block for block in _blocks.open if block.due and block.group == group.group_name]
+
+
+def _exchange(group: dist.ProcessGroup, blocks: list[_Block], numbers: tuple[float, ...], failure: Exception | None,
+              needed: bool) -> list[list[Any]] | None:  # fmt: skip
+    for block in blocks:
+        block.due = False
+    if group.size() == 1:
+        if failure is not None:
+            raise failure
+        return [[number] for number in numbers]
+    facts = [(block.call, block.facts) for block in blocks]
+    digest = int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=7).digest(), "big")
+    device = _device(group)
+    if device.type != "cpu" and not needed and failure is None:
+        if torch.cuda.is_current_stream_capturing() or (group.group_name, digest) in _sent.digests:
+            return None
+        _sent.digests.add((group.group_name, digest))
+    row = [digest if failure is None else FAILED, *map(_bits, numbers), *(NUMBERS - len(numbers)) * [0]]
+    mine = torch.tensor([row], device=device)
+    table = mine.new_empty(group.size(), len(row))
+    all_gather(table, mine, group=group)
+    digests, *columns = table.T.tolist()
+    if failure is not None or len(set(digests)) > 1:
+        _refuse(group, facts, failure)
+    return [[_number(bits, type(number)) for bits in column] for number, column in zip(numbers, columns, strict=False)]
+
+
+def _refuse(group: dist.ProcessGroup, facts: list[tuple[str, dict[str, Any]]], failure: Exception | None) -> NoReturn:
+    """Raise what a rank failed with, or how the facts differ; collective."""
+    told: list[Any] = [None] * group.size()
+    dist.all_gather_object(told, (facts, failure and (type(failure).__name__, str(failure))), group=group)
+    for rank, (_, failed) in enumerate(told):
+        if failed is not None:
+            kind, text = failed
+            text = text if kind in KINDS else f"{kind}: {text}"
+            raise KINDS.get(kind, RuntimeError)(f"rank {rank}: {text}") from failure
+    first, *others = [({"call": " in ".join(call for call, _ in facts[::-1])}, *(known for _, known in facts))
+                      for facts, _ in told]  # fmt: skip
+    for rank, other in enumerate(others, 1):
+        for ours, theirs in zip(first, other, strict=False):
+            for name in ours | theirs:
+                here, there = (str(known.get(name, "its default")) for known in (ours, theirs))
+                if here != there:
+                    got = f"{here} on rank 0, {there} on rank {rank}"
+                    raise ValueError(f"{name}: wanted the same on all ranks, got {got}")
+    raise AssertionError(told)
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    """Where its messages go: the CPU, if it has a backend for it."""
+    devices = [part.split(":")[0] for part in str(dist.get_backend_config(group)).split(",")]
+    return torch.device("cpu" if "cpu" in devices else devices[0])
+
+
+def _bits(number: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", number))[0] if isinstance(number, float) else int(number)
+
+
+def _number(bits: int, kind: type) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0] if kind is float else bits

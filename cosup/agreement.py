@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # its name from torch 2.13 on, and before
-all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 NUMBERS = 3  # of a message, at most
 FAILED = -1  # in place of a digest, which is positive
 KINDS = {kind.__name__: kind for kind in (ValueError, IndexError, TypeError)}  # of error that others raise too
@@ -64,7 +64,13 @@ class _Tensor(NamedTuple):
     shape: tuple[int, ...]  # as far as it must be alike
     device: str
     gradient: bool  # whether one is asked
-    number: int | float | str  # what it holds, or its checksum
+    number: int | float | None  # what it holds, or its checksum
+
+    def __str__(self) -> str:
+        shape = ", ".join(map(str, [*(self.ndim - len(self.shape)) * "*", *self.shape]))
+        gradient = " with a gradient" * self.gradient
+        number = "" if self.number is None else f" of {self.number}"
+        return f"{self.dtype} [{shape}] on {self.device}{gradient}{number}"
 
 
 @contextmanager
@@ -149,8 +155,8 @@ def same_call(alike: Collection[str] = (), contents: Collection[str] = ()) -> Ca
                 raise ValueError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
             given = dict(zip(positions, args, strict=False)) | kwargs
             facts = {name: _fact(given[name], bool(alike) and name not in alike, name in alike, name in contents)
-                     for name in sorted(given)
-                     if name not in no_facts and not _is_default(given[name], defaults.get(name))}  # fmt: skip
+                     for name, default in defaults.items()
+                     if name in given and name not in no_facts and not _is_default(given[name], default)}  # fmt: skip
             with agreed(group, function.__name__, facts):
                 return function(*args, **kwargs)
 
@@ -171,7 +177,8 @@ def _fact(value: Any, frozen: bool, alike: bool, contents: bool) -> Any:
         return [_fact(part, frozen, alike, contents) for part in value]
     if not isinstance(value, Tensor):
         return type(value).__name__
-    shape, number = (*value.shape,), ""
+    shape: tuple[int, ...] = (*value.shape,)
+    number: int | float | None = None
     if not alike:  # rows, and how many there are to a sequence, may differ
         shape = shape[-1:] if len(shape) > 1 and value.is_floating_point() else ()
     if value.device.type == "cpu" and not value.ndim:
@@ -215,6 +222,8 @@ def _refuse(group: dist.ProcessGroup, facts: list[tuple[str, dict[str, Any]]], f
     """Raise what a rank failed with, or how the facts differ; collective."""
     told: list[Any] = [None] * group.size()
     dist.all_gather_object(told, (facts, failure and (type(failure).__name__, str(failure))), group=group)
+    if failure is not None and all(failed == told[0][1] for _, failed in told):
+        raise failure
     for rank, (_, failed) in enumerate(told):
         if failed is not None:
             kind, text = failed

@@ -11,6 +11,7 @@ what is logged are those of one process that holds them all, rank after rank.
 """
 
 import argparse
+import itertools
 import json
 import random
 import resource
@@ -39,6 +40,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerStat
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from cosup import cards, files, shards
+from cosup.agreement import agreed, note, reopen, settle
 from cosup.contrastive import GATHERS
 from cosup.data.collate import micro_batches
 from cosup.data.schema import Instance, Passage, read_instances, read_passages
@@ -221,60 +223,65 @@ class CoSupTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
-        if not len(train_dataset):
-            raise ValueError("train_dataset: wanted at least one instance, got none")
-        if args.world_size > 1:
-            if args.ddp_find_unused_parameters:
-                raise ValueError("ddp_find_unused_parameters: wanted False over several processes, got True")
-            args.ddp_find_unused_parameters = False  # all take part on each rank; Gen's head outside of the forward
-        if args.label_smoothing_factor:
-            raise ValueError(f"args: wanted label_smoothing_factor 0, got {args.label_smoothing_factor}")
-        args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: it would cut a batch whose query_index is flat
-        args.remove_unused_columns = False
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        with self.accelerator.autocast():  # packing is tried out as it will be trained
-            self.collator = self.data_collator = model.collator(passages, packing=getattr(args, "packing", False))
-        if args.world_size > 1:
-            self._check_ranks()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        self._in_parts = plugin is not None and "SHARDED" in str(plugin.state_dict_type)  # what checkpoints are
-        self._saves_in: str | None = None  # temporary folder of the checkpoint being written
-        self._reset_interval()
-        self._micro_batch_size: int | None = getattr(args, "micro_batch_size", None)
-        self._group = dist.group.WORLD if args.world_size > 1 else None
-        self._gather: str = getattr(args, "gather", "exact")
-        # further candidates that this rank gives: each is given by one rank, or seen by the queries of its rank alone
-        shared = self._group is not None and self._gather != "local"
-        self._share = slice(args.process_index, None, args.world_size) if shared else slice(None)
-        contrasts = model.config.mode != "ntp"
-        if self._group is not None and not contrasts and not model.config.shared_weights:  # DDP must not wait for Ctx
-            of_ctx = [name for name, _ in model.named_parameters() if name.startswith(("ctx.", "projection."))]
-            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, of_ctx)
-        if self._micro_batch_size is not None and not contrasts:
-            raise ValueError("micro_batch_size: wanted None in mode 'ntp' (gradient_accumulation_steps does the same)")
-        if self._micro_batch_size is not None and self._group is not None and self.collator.packing:
-            got = f"got {self._micro_batch_size}: ranks would have unequal numbers of them"
-            raise ValueError(f"micro_batch_size: wanted None with packing over several processes, {got}")
-        self._passage_ids = list(passages)
-        self._extra_passages = getattr(args, "extra_passages", 0) if contrasts else 0
-        size = getattr(args, "queue_size", 0) if contrasts else 0
-        width = model.lm_head[0].shape[1]
-        self.queue = CandidateQueue(size, width, process_group=self._group, device=args.device) if size else None
-        self.model_accepts_loss_kwargs = True  # compute_loss normalises by the whole accumulated batch
-        if args.gradient_accumulation_steps > 1 and model.config.mode != "ntp":
-            warnings.warn(
-                f"negatives do not accumulate: with {args.gradient_accumulation_steps} accumulation steps each query "
-                f"still sees the candidates of its own {args.per_device_train_batch_size} instances only; a larger "
-                "per_device_train_batch_size with micro_batch_size takes no more memory, and gives them all",
-                stacklevel=2,
+        self._group = _group_of(args)
+        with agreed(self._group, "CoSupTrainer", {"train_dataset": f"{len(train_dataset)} instances"}):
+            if not len(train_dataset):
+                raise ValueError("train_dataset: wanted at least one instance, got none")
+            if args.world_size > 1:
+                if args.ddp_find_unused_parameters:
+                    raise ValueError("ddp_find_unused_parameters: wanted False over several processes, got True")
+                args.ddp_find_unused_parameters = False  # all take part on each rank; Gen's head outside of the forward
+                if args.ddp_broadcast_buffers is None:
+                    args.ddp_broadcast_buffers = False  # none changes, and no rank waits for a forward pass that failed
+            if args.label_smoothing_factor:
+                raise ValueError(f"args: wanted label_smoothing_factor 0, got {args.label_smoothing_factor}")
+            args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: it would cut a batch whose query_index is flat
+            args.remove_unused_columns = False
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                callbacks=callbacks,
+                optimizers=optimizers,
             )
+            with self.accelerator.autocast():  # packing is tried out as it will be trained
+                self.collator = self.data_collator = model.collator(passages, packing=getattr(args, "packing", False))
+            if args.world_size > 1:
+                self._check_ranks()
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            self._in_parts = plugin is not None and "SHARDED" in str(plugin.state_dict_type)  # what checkpoints are
+            self._saves_in: str | None = None  # temporary folder of the checkpoint being written
+            self._reset_interval()
+            self._micro_batch_size: int | None = getattr(args, "micro_batch_size", None)
+            self._gather: str = getattr(args, "gather", "exact")
+            # further candidates that this rank gives: each is given by one, or seen by the queries of its rank alone
+            shared = self._group is not None and self._gather != "local"
+            self._share = slice(args.process_index, None, args.world_size) if shared else slice(None)
+            contrasts = model.config.mode != "ntp"
+            if self._group is not None and not contrasts and not model.config.shared_weights:
+                # DDP must not wait for Ctx
+                of_ctx = [name for name, _ in model.named_parameters() if name.startswith(("ctx.", "projection."))]
+                nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, of_ctx)
+            if self._micro_batch_size is not None and not contrasts:
+                got = f"got {self._micro_batch_size}: gradient_accumulation_steps does the same"
+                raise ValueError(f"micro_batch_size: wanted None in mode 'ntp', {got}")
+            if self._micro_batch_size is not None and self._group is not None and self.collator.packing:
+                got = f"got {self._micro_batch_size}: ranks would have unequal numbers of them"
+                raise ValueError(f"micro_batch_size: wanted None with packing over several processes, {got}")
+            self._passage_ids = list(passages)
+            self._extra_passages = getattr(args, "extra_passages", 0) if contrasts else 0
+            size = getattr(args, "queue_size", 0) if contrasts else 0
+            width = model.lm_head[0].shape[1]
+            self.queue = CandidateQueue(size, width, process_group=self._group, device=args.device) if size else None
+            self.model_accepts_loss_kwargs = True  # compute_loss normalises by the whole accumulated batch
+            if args.gradient_accumulation_steps > 1 and model.config.mode != "ntp":
+                warnings.warn(
+                    f"negatives do not accumulate: with {args.gradient_accumulation_steps} accumulation steps each "
+                    f"query still sees the candidates of its own {args.per_device_train_batch_size} instances only; a "
+                    "larger per_device_train_batch_size with micro_batch_size takes no more memory, and gives them all",
+                    stacklevel=2,
+                )
 
     @classmethod
     def from_config(cls, config: CoSupConfig) -> "CoSupTrainer":
@@ -283,17 +290,18 @@ class CoSupTrainer(Trainer):
             if getattr(config, name) is None:
                 raise ValueError(f"{name}: wanted a path, got None")
         assert config.gen and config.instances and config.passages
-        passages = read_passages(config.passages, config.on_bad_line)
-        train = read_instances(config.instances, passages, config.on_bad_line)
-        held_out = config.eval_instances and read_instances(config.eval_instances, passages, config.on_bad_line)
-        model = GenCtxModel.from_pretrained(
-            config.gen,
-            config.ctx,
-            config=config.model_config(),
-            attn_implementation=config.attn_implementation,
-            num_layers=config.num_layers,
-        )
-        return cls(model, config, train_dataset=train, passages=passages, eval_dataset=held_out or None)
+        with agreed(_group_of(config), "CoSupTrainer.from_config"):
+            passages = read_passages(config.passages, config.on_bad_line)
+            train = read_instances(config.instances, passages, config.on_bad_line)
+            held_out = config.eval_instances and read_instances(config.eval_instances, passages, config.on_bad_line)
+            model = GenCtxModel.from_pretrained(
+                config.gen,
+                config.ctx,
+                config=config.model_config(),
+                attn_implementation=config.attn_implementation,
+                num_layers=config.num_layers,
+            )
+            return cls(model, config, train_dataset=train, passages=passages, eval_dataset=held_out or None)
 
     def train(
         self,
@@ -307,20 +315,16 @@ class CoSupTrainer(Trainer):
         A resumed run goes on exactly, with as many processes: on the CPU its losses are those of a run that was never
         stopped, bit for bit. So the losses take the memory budget that is saved in the checkpoint, whatever is free now
         (on a device of the same kind); it is the process's default from then on.
-        Raises ValueError where there is no whole checkpoint, and naming the file where one is damaged.
+        Raises ValueError where there is no whole checkpoint, and naming the file where one is damaged. Of several
+        processes all raise the first error of one, and name its rank: ValueError, IndexError or TypeError as it was,
+        RuntimeError for another; but not one in the backward pass, nor where FSDP has split the weights.
         """
-        if resume_from_checkpoint in (True, "last"):
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                wanted = f"wanted a whole checkpoint in {self.args.output_dir}, found none"
-                raise ValueError(f"resume_from_checkpoint: {wanted}")
-        elif resume_from_checkpoint and not _is_whole(Path(str(resume_from_checkpoint))):
-            raise ValueError(f"resume_from_checkpoint: wanted a whole checkpoint, got {str(resume_from_checkpoint)!r}")
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(files.content(Path(str(resume_from_checkpoint))))
-            _check_state(Path(resume_from_checkpoint, _STATE))
-        self._reset_interval()
-        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with agreed(self._group, "train"):
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            note(self._group, resume_from_checkpoint=checkpoint)
+            self._reset_interval()
+            settle(self._group)
+            result = super().train(checkpoint, trial, ignore_keys_for_eval)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off model.forward again
         self.model.eval()  # what comes next is to embed and generate
         report, length = self.collator.report(), self.model.config.max_length
@@ -331,32 +335,56 @@ class CoSupTrainer(Trainer):
             warnings.warn(f"rows were cut to max_length {length} (raise it to keep all): {lost}", stacklevel=2)
         return result
 
+    def _checkpoint_to_resume(self, given: str | bool | None) -> str | None:
+        if given in (True, "last"):
+            given = last_checkpoint(self.args.output_dir)
+            if given is None:
+                wanted = f"wanted a whole checkpoint in {self.args.output_dir}, found none"
+                raise ValueError(f"resume_from_checkpoint: {wanted}")
+        elif given and not _is_whole(Path(str(given))):
+            raise ValueError(f"resume_from_checkpoint: wanted a whole checkpoint, got {str(given)!r}")
+        if not given:
+            return None
+        checkpoint = str(files.content(Path(str(given))))
+        _check_state(Path(checkpoint, _STATE))
+        return checkpoint
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The micro-batches of one step, and the NTP targets and queries of all ranks in it: int64 [2]."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
-        for batch in batches:
-            counts[0] += (batch["labels"][:, 1:] != -100).sum()
-            counts[1] += len(batch["query_index"])
+        with agreed(self._group, "batch"):
+            batches = list(itertools.islice(epoch_iterator, num_batches))
+            counts = torch.zeros(2, dtype=torch.int64, device=device)
+            for batch in batches:
+                counts[0] += (batch["labels"][:, 1:] != -100).sum()
+                counts[1] += len(batch["query_index"])
+            note(self._group, batches=len(batches), step=self.state.global_step)
         self._sum_over_ranks(counts)
-        if self._extra_passages:
-            batches = [batch | self._draw(batch, place) for place, batch in enumerate(batches)]
+        held = [batch["candidate_ids"].tolist() for batch in batches] if self._extra_passages else []
+        if held and self._gather != "local":
+            held = [sum(of_ranks, []) for of_ranks in zip(*self._of_all_ranks(held), strict=True)]
+        reopen(self._group)
+        for place, ids in enumerate(held):
+            batches[place] = batches[place] | self._draw(ids, place)
         self._steps += 1
         return batches, counts
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        if self._micro_batch_size is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
-        set_training = getattr(self.optimizer, "train", None)
-        if callable(set_training):
-            set_training()  # as optimizers without a schedule want it
-        inputs = self._needed(self._prepare_inputs(inputs))
-        output = self._cached_step(model, inputs, num_items_in_batch)
-        self._record(output, inputs)
-        return output.loss
+        with agreed(self._group, "training_step"):  # up to the loss
+            if self._micro_batch_size is None:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            else:
+                model.train()
+                set_training = getattr(self.optimizer, "train", None)
+                if callable(set_training):
+                    set_training()  # as optimizers without a schedule want it
+                inputs = self._needed(self._prepare_inputs(inputs))
+                output = self._cached_step(model, inputs, num_items_in_batch)
+                self._record(output, inputs)
+                loss = output.loss
+        reopen(self._group)
+        return loss
 
     def compute_loss(
         self,
@@ -381,22 +409,23 @@ class CoSupTrainer(Trainer):
 
         Several processes share the batches of one: what comes out is the same on each, however many there are.
         """
-        dataloader = self.get_eval_dataloader(eval_dataset)
-        sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
-        most = torch.tensor(len(dataloader), device=self.args.device)
-        if self.is_fsdp_enabled:
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
-        self.model.eval()
-        for inputs in dataloader:
-            with torch.no_grad():
-                output = self._losses(self.model, self._needed(self._prepare_inputs(inputs)))
-            targets, queries = output.ntp_count, output.nsp_count
-            sums += self._row(output.ntp_loss * targets, targets, output.nsp_loss * queries, queries, _hits(output))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        if len(dataloader) < most:  # the others wait for the weights that this rank holds
-            inputs = self._prepare_inputs(self.collator([dataloader.dataset[0]]))
-            with torch.no_grad():
-                self._forward(self.model, self._needed(inputs))
+        with agreed(self._group, "evaluate"):
+            dataloader = self.get_eval_dataloader(eval_dataset)
+            told = settle(self._group, len(dataloader))
+            assert told is not None
+            reopen(self._group)
+            sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
+            self.model.eval()
+            for inputs in dataloader:
+                with torch.no_grad():
+                    output = self._losses(self.model, self._needed(self._prepare_inputs(inputs)))
+                targets, queries = output.ntp_count, output.nsp_count
+                sums += self._row(output.ntp_loss * targets, targets, output.nsp_loss * queries, queries, _hits(output))
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            if self.is_fsdp_enabled and len(dataloader) < max(told[0]):  # others wait for the weights that are here
+                inputs = self._prepare_inputs(self.collator([dataloader.dataset[0]]))
+                with torch.no_grad():
+                    self._forward(self.model, self._needed(inputs))
         ntp_sum, targets, nsp_sum, queries, hits = self._sum_over_ranks(sums).tolist()
         ntp_loss, nsp_loss = ntp_sum / max(targets, 1), nsp_sum / max(queries, 1)
         config = self.model.config
@@ -437,6 +466,7 @@ class CoSupTrainer(Trainer):
             self.accelerator.even_batches = even
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        reopen(self._group)  # whatever comes next begins with a message
         if "loss" in logs and self._steps:
             sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
             seconds = self._seconds + time.perf_counter() - self._mark
@@ -447,6 +477,11 @@ class CoSupTrainer(Trainer):
             logs["peak_memory_MB"] = _peak_memory_MB(self.args.device)
             self._reset_interval()
         super().log(logs, start_time)
+
+    def store_flos(self) -> None:
+        settle(self._group)
+        super().store_flos()
+        reopen(self._group)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         # decay would pull the temperature towards 1
@@ -489,6 +524,7 @@ class CoSupTrainer(Trainer):
         alone = GenCtxOutput(query[:0, None], query, passages)
         total = self._loss(alone, batch | no_row, "nsp", counts, further, self._group)
         self.accelerator.backward(total.loss)
+        reopen(self._group)
 
         no_query = {name: batch[name][:0] for name in ("query_target", "candidate_ids")}
         rest: Mode = "nsp" if self.model.config.mode == "nsp" else "ntp"  # "nsp" without queries: nothing
@@ -506,6 +542,8 @@ class CoSupTrainer(Trainer):
                 loss = losses.loss if scaler is None else scaler.scale(losses.loss)
                 roots = [(loss, None), (output.query, dquery), (output.passages, dpassage)]
                 roots = [(tensor, grad) for tensor, grad in roots if tensor.requires_grad]  # none, or a frozen model
+                if part is parts[-1]:
+                    settle(self._group)
                 torch.autograd.backward([tensor for tensor, _ in roots], [grad for _, grad in roots])
             ntp_loss, ntp_count = ntp_loss + losses.ntp_loss.detach(), ntp_count + losses.ntp_count
         self._sum_over_ranks(ntp_loss)
@@ -588,18 +626,16 @@ class CoSupTrainer(Trainer):
         if self.queue is not None:
             self.queue.enqueue(passages, inputs["candidate_ids"])
 
-    def _draw(self, batch: dict[str, Tensor], place: int) -> dict[str, Tensor]:
-        """Passages that the batch does not hold; each batch of each step has its own draw, the same when resumed.
+    def _draw(self, held: list[int], place: int) -> dict[str, Tensor]:
+        """Passages other than those held by the batch; each batch of each step has its own draw, the same when resumed.
 
         The batches of all ranks have one draw, which the ranks share; where a query sees the candidates of its own rank
         only, each rank has its own.
         """
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        name, held = f"{seed} {self.state.global_step} {place}", batch["candidate_ids"].tolist()
+        name = f"{seed} {self.state.global_step} {place}"
         if self._gather == "local":
             name += f" {self.args.process_index}"
-        else:
-            held = sum(self._of_all_ranks(held), [])
         count = min(self._extra_passages + len(set(held)), len(self._passage_ids))
         rows = random.Random(name).sample(range(len(self._passage_ids)), count)
         ids = [self._passage_ids[row] for row in rows if row not in set(held)][: self._extra_passages][self._share]
@@ -638,7 +674,10 @@ class CoSupTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         self._seconds, self._mark = self._seconds + now - self._mark, now
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            settle(self._group)
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        reopen(self._group)
         self._mark = time.perf_counter()  # what was just done is not training time
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -668,8 +707,10 @@ class CoSupTrainer(Trainer):
         run = self._get_output_dir(trial)
         folder = Path(run, f"checkpoint-{self.state.global_step}")
         write = files.updated(folder, obsolete=_all_of, keeps=cards.is_of_user)
-        with write if self.args.should_save else nullcontext() as part:
+        with agreed(self._group, "checkpoint"), write if self.args.should_save else nullcontext() as part:
+            settle(self._group)
             places = self._of_all_ranks(part and str(part.parent))
+            reopen(self._group)
             here = self.args.process_index - self.args.local_process_index  # with save_on_each_node
             self._saves_in = places[here] or places[0]
             try:
@@ -680,6 +721,7 @@ class CoSupTrainer(Trainer):
                         self.state.save_to_json(str(part / _STATE))
             finally:
                 self._saves_in = None
+        reopen(self._group)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
@@ -695,16 +737,17 @@ class CoSupTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self._group is not None:
-            dist.barrier(self._group)  # the state is written after those of all ranks
+        settle(self._group)  # the state is written after those of all ranks
+        reopen(self._group)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if (files.content(Path(resume_from_checkpoint)) / SHARDS).is_dir():
             self.model.load_shards(resume_from_checkpoint)
             return
-        saved = GenCtxConfig.of_saved(resume_from_checkpoint) or self.model.config
-        config = replace(self.model.config, temperature=saved.temperature)  # a learned one goes on
-        kept = GenCtxModel.from_pretrained(resume_from_checkpoint, config=config, dtype=self.model.gen.dtype)
+        with agreed(self._group, "checkpoint"):
+            saved = GenCtxConfig.of_saved(resume_from_checkpoint) or self.model.config
+            config = replace(self.model.config, temperature=saved.temperature)  # a learned one goes on
+            kept = GenCtxModel.from_pretrained(resume_from_checkpoint, config=config, dtype=self.model.gen.dtype)
         set_model_state_dict(self.model, kept.state_dict(), options=StateDictOptions(full_state_dict=True))
 
     def _load_best_model(self) -> None:
@@ -712,7 +755,9 @@ class CoSupTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        settle(self._group)
         workspaces = self._of_all_ranks((self._kind_of_device(), default_workspace(self._sums.device)))
+        reopen(self._group)
         if not self.args.should_save:
             return
         interval = {"sums": self._sums.tolist(), "steps": self._steps, "seconds": self._seconds}
@@ -768,6 +813,8 @@ class CoSupTrainer(Trainer):
             self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if not self.is_fsdp_enabled:  # which reads a checkpoint together
+            reopen(self._group)  # the model is wrapped
         try:
             return super().create_scheduler(num_training_steps, optimizer)
         except TypeError as error:
@@ -781,6 +828,10 @@ class CoSupTrainer(Trainer):
     def _load_scaler(self, checkpoint: str | None) -> None:
         with files.readable(Path(str(checkpoint), "scaler.pt")):
             super()._load_scaler(checkpoint)
+
+
+def _group_of(args: TrainingArguments) -> dist.ProcessGroup | None:
+    return dist.group.WORLD if args.world_size > 1 else None
 
 
 def _parts(mode: str, losses: tuple[float, float], hits: float, queries: float) -> dict[str, float]:

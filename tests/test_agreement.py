@@ -1,6 +1,7 @@
 """Where one rank fails or differs, all raise the same at once, and no later call meets an earlier one."""
 
 import failing_ranks
+import failing_trainers
 import pytest
 import ranks
 
@@ -13,3 +14,12 @@ def test_one_fails(world):
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_one_differs(world):
     ranks.run(failing_ranks.one_differs, world)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_step_fails(world, tmp_path):
+    started = ranks.Started(world)
+    try:
+        started.run(failing_trainers.one_fails, tmp_path, world, seconds=90)
+    finally:
+        started.end()

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "generate": {"tokens", "data", "index"},
     "pretrained": {"tokens"},
     "model": {"tokens", "cards", "files", "shards", "data", "generate", "pretrained"},
-    "train": {"walk", "losses", "contrastive", "nn", "gradcache", "tokens", "cards", "data", "files",
+    "train": {"agreement", "walk", "losses", "contrastive", "nn", "gradcache", "tokens", "cards", "data", "files",
               "shards", "model"},
     "evaluate": {"losses", "tokens", "data", "files", "index", "generate", "model"},
     "doctor": {"kernels", "gemm", "walk"},

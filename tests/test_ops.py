@@ -232,7 +232,7 @@ def test_peak_memory_of_pairs_is_as_planned(budget, d, reduction, dtype):
         return torch.autograd.grad(loss.sum(), (x, w))
 
     above = peak_bytes(run) - x.nbytes - w.nbytes  # of the gradients
-    assert 0.9 * p.workspace_bytes < above < 1.02 * p.workspace_bytes + (64 << 10)  # oneDNN's own scratch
+    assert 0.8 * p.workspace_bytes < above < 1.02 * p.workspace_bytes + (64 << 10)  # with AVX-512 oneDNN has scratch
     assert p.workspace_bytes < m * n * 4 / 2
 
 

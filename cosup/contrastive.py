@@ -103,7 +103,8 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         process_group: Each of its ranks has queries and candidates of its own, none or many, and ``target`` among its
             own. A mean or sum is over all ranks' queries, and comes out on every rank, with the gradients of what is
             here: their sum over ranks, not their mean, is a parameter's. "none" gives the queries here. Each call tells
-            the others how many rows are here, and waits; all ranks make the same calls and ask the same gradients.
+            the others how many rows are here, and waits; all ranks make the same calls and ask the same gradients. An
+            error on one, or a difference, is raised on all.
         gather: Which candidates a query sees. "exact": those of all ranks, with gradients: as one process with all rows
             in rank order. "detached": those of all ranks, but gradients go to the own ones only. "local": the own ones.
         layout: How ``gather="exact"`` is done. "all_gather": each rank holds all candidates, and their gradient.

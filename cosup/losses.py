@@ -96,7 +96,8 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         process_group: The head's rows are split among its ranks, in rank order, evenly or not: ``linear_weight``,
             ``linear_bias`` and ``weight`` are the part of this rank; the rest is alike on all, ``target`` among all V.
             Loss, statistics and the gradient of ``input`` come out whole on every rank. Each call tells the others
-            how many rows are here, and waits; all ranks make the same calls and ask the same gradients.
+            how many rows are here, and waits; all ranks make the same calls and ask the same gradients. An error on
+            one, or a difference, is raised on all.
         batch_invariant: A row's loss, statistics and, with ``reduction`` "sum" or "none", gradient of ``input`` have
             the same bits whatever rows stand beside it. Slower: all products have 64 rows (256 on CUDA), ignored ones
             too; what grows with the number of rows is beside the workspace.

@@ -93,6 +93,11 @@ FAIL = {
     "a budget": (of(contrastive, **SOME), of(contrastive, **FEW), ValueError, "workspace_bytes must be at least"),
     "a budget of a ring": (of(contrastive, layout="ring", **SOME), of(contrastive, layout="ring", **FEW), ValueError,
                            "workspace_bytes must be at least"),
+    "a budget for another part of a ring": (
+        of(contrastive, rows=(3, 4000), layout="ring", symmetric=True, **SOME),
+        of(contrastive, layout="ring", symmetric=True, workspace_bytes=60_000), ValueError,
+        "workspace_bytes must be at least",
+    ),
     "a budget where symmetric": (of(contrastive, symmetric=True, **SOME), of(contrastive, symmetric=True, **FEW),
                                  ValueError, "workspace_bytes must be at least"),
     "a budget of further negatives": (

@@ -164,14 +164,14 @@ def make(folder, name, output=None, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         place = Path(output or folder / re.sub("[^a-z]", "_", name))
-        return trainer_of(place, instances(KINDS), dist.get_world_size() if dist.is_initialized() else 1, **options)
+        return trainer_of(place, instances(KINDS), dist.get_world_size(), **options)
 
 
 def one_fails(folder: Path, world: int) -> None:
     """All raise its reason at once; the next trainer trains."""
     rank = int(os.environ["RANK"])
     for number, (name, (run, options)) in enumerate(ALL.items()):
-        trainer = trainer_of(folder / f"{number}", instances(KINDS), world, **options)
+        trainer = trainer_of(folder / f"{number}", instances(KINDS), world, ddp_timeout=9, **options)
         culprit = number % world
         if "checkpoint's" in name and "random" not in name:
             culprit = 0  # who writes it

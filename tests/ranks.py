@@ -25,10 +25,11 @@ N, D, V = 41, 7, 90
 SPLITS = {2: [64, 26], 3: [70, 1, 19]}  # of the head's rows
 
 
-def run(check, world):
-    """Run ``check(rank, world)`` in so many processes; an error in any is raised here."""
+def run(check, world, seconds=30):
+    """Run ``check(rank, world)`` in so many processes, which wait so long at most; an error in any is raised here."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_process, (check, world, f"{folder}/store"), nprocs=world, start_method="forkserver")
+        given = check, world, f"{folder}/store", seconds
+        mp.start_processes(_process, given, nprocs=world, start_method="forkserver")
 
 
 def run_script(path, world, *arguments):
@@ -104,10 +105,10 @@ def _script(rank, path, world, port, arguments):
     runpy.run_path(path, run_name="__main__")
 
 
-def _process(rank, check, world, path):
+def _process(rank, check, world, path, seconds):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world,
-                            timeout=timedelta(seconds=30))  # fmt: skip
+                            timeout=timedelta(seconds=seconds))  # fmt: skip
     check(rank, world)
     dist.barrier()
     os._exit(0)  # gloo's threads may abort a process that unwinds

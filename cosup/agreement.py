@@ -21,9 +21,10 @@ import threading
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,8 +33,7 @@ from torch import Tensor
 all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 NUMBERS = 3  # of a message, at most
 FAILED = -1  # in place of a digest, which is positive
-KINDS = {kind.__name__: kind for kind in (ValueError, IndexError, TypeError)}  # of error that others raise too
-SIMPLE = (type(None), bool, int, float, str)
+KINDS = (ValueError, IndexError, TypeError)  # of errors that others raise too
 Function = TypeVar("Function", bound=Callable)
 
 
@@ -50,12 +50,8 @@ class _Blocks(threading.local):
         self.open: list[_Block] = []  # of this thread, the outermost first
 
 
-@dataclass
-class _Sent:
-    digests: set[tuple[str, int]] = field(default_factory=set)
-
-
-_blocks, _sent = _Blocks(), _Sent()
+_blocks = _Blocks()
+_sent: set[tuple[str, int]] = set()  # groups and digests of messages that wait for a GPU
 
 
 class _Tensor(NamedTuple):
@@ -118,12 +114,6 @@ def reopen(group: dist.ProcessGroup | None) -> None:
         block.due |= group is not None and block.group == group.group_name
 
 
-def withdraw(group: dist.ProcessGroup | None) -> None:
-    """Nothing will be exchanged in the innermost block: it needs no message."""
-    if group is not None and _blocks.open:
-        _blocks.open[-1].due = False
-
-
 def is_due(group: dist.ProcessGroup | None) -> bool:
     return group is not None and bool(_due(group))
 
@@ -137,8 +127,9 @@ def note(group: dist.ProcessGroup | None, **facts: Any) -> None:
 def same_call(alike: Collection[str] = (), contents: Collection[str] = ()) -> Callable[[Function], Function]:
     """Decorator: a function with ``process_group`` is ``agreed``, its arguments are the facts.
 
-    Tensors may have other rows on each rank, but for those named in ``alike``; on a CPU those named in ``contents``
-    hold the same numbers, and so do scalars. Budgets are no facts.
+    Tensors may have other rows on each rank, but for those named in ``alike``, and in ``contents``, which hold the same
+    numbers (looked at on a CPU alone). With ``alike`` the others' gradients may be asked on some ranks. Budgets are no
+    facts.
     """
 
     def decorate(function: Function) -> Function:
@@ -154,10 +145,12 @@ def same_call(alike: Collection[str] = (), contents: Collection[str] = ()) -> Ca
             if not isinstance(group, dist.ProcessGroup):
                 raise ValueError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
             given = dict(zip(positions, args, strict=False)) | kwargs
-            facts = {name: _fact(given[name], bool(alike) and name not in alike, name in alike, name in contents)
-                     for name, default in defaults.items()
-                     if name in given and name not in no_facts and not _is_default(given[name], default)}  # fmt: skip
-            with agreed(group, function.__name__, facts):
+            with agreed(group, function.__name__):
+                for name, value in given.items():
+                    whole, same = name in alike, name in contents
+                    fact = _fact(value, bool(alike) and not whole, whole or same, same)
+                    if name not in no_facts and not (name in defaults and fact == _fact(defaults[name])):
+                        note(group, **{name: fact})
                 return function(*args, **kwargs)
 
         return call  # type: ignore[return-value]
@@ -165,14 +158,14 @@ def same_call(alike: Collection[str] = (), contents: Collection[str] = ()) -> Ca
     return decorate
 
 
-def _is_default(value: Any, default: Any) -> bool:
-    return isinstance(value, SIMPLE) and type(value) is type(default) and value == default
-
-
-def _fact(value: Any, frozen: bool, alike: bool, contents: bool) -> Any:
+def _fact(value: Any, frozen: bool = False, alike: bool = True, contents: bool = False) -> Any:
     """What must be alike of an argument. frozen: whether a gradient is asked of it may differ."""
-    if isinstance(value, SIMPLE):
-        return value
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # 1.0 is 1
+    if value is None or isinstance(value, bool | int | float | str):
+        return value if type(value) is not float else float(value)
     if isinstance(value, tuple | list):
         return [_fact(part, frozen, alike, contents) for part in value]
     if not isinstance(value, Tensor):
@@ -181,7 +174,7 @@ def _fact(value: Any, frozen: bool, alike: bool, contents: bool) -> Any:
     number: int | float | None = None
     if not alike:  # rows, and how many there are to a sequence, may differ
         shape = shape[-1:] if len(shape) > 1 and value.is_floating_point() else ()
-    if value.device.type == "cpu" and not value.ndim:
+    if value.device.type == "cpu" and contents and value.numel() == 1:
         number = value.item()
     elif value.device.type == "cpu" and contents:
         number = zlib.crc32(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
@@ -197,48 +190,65 @@ def _exchange(group: dist.ProcessGroup, blocks: list[_Block], numbers: tuple[flo
               needed: bool) -> list[list[Any]] | None:  # fmt: skip
     for block in blocks:
         block.due = False
+    bits: list[int] = []
+    try:
+        bits = [_bits(number) for number in numbers]
+    except (struct.error, OverflowError, TypeError, ValueError) as error:
+        failure = failure or error
     if group.size() == 1:
         if failure is not None:
             raise failure
         return [[number] for number in numbers]
-    facts = [(block.call, block.facts) for block in blocks]
-    digest = int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=7).digest(), "big")
+    facts = [(block.call, sorted(block.facts.items())) for block in blocks]
+    kinds = [isinstance(number, float) for number in numbers]
+    digest = int.from_bytes(hashlib.blake2b(repr((facts, kinds)).encode(), digest_size=7).digest(), "big")
     device = _device(group)
     if device.type != "cpu" and not needed and failure is None:
-        if torch.cuda.is_current_stream_capturing() or (group.group_name, digest) in _sent.digests:
+        if torch.cuda.is_current_stream_capturing() or (group.group_name, digest) in _sent:
             return None
-        _sent.digests.add((group.group_name, digest))
-    row = [digest if failure is None else FAILED, *map(_bits, numbers), *(NUMBERS - len(numbers)) * [0]]
+        _sent.add((group.group_name, digest))
+    row = [digest if failure is None else FAILED, *bits, *(NUMBERS - len(bits)) * [0]]
     mine = torch.tensor([row], device=device)
     table = mine.new_empty(group.size(), len(row))
     all_gather(table, mine, group=group)
     digests, *columns = table.T.tolist()
     if failure is not None or len(set(digests)) > 1:
-        _refuse(group, facts, failure)
-    return [[_number(bits, type(number)) for bits in column] for number, column in zip(numbers, columns, strict=False)]
+        _refuse(group, [(block.call, block.facts) for block in blocks], failure)
+    return [[_number(bits, is_float) for bits in column] for is_float, column in zip(kinds, columns, strict=False)]
 
 
 def _refuse(group: dist.ProcessGroup, facts: list[tuple[str, dict[str, Any]]], failure: Exception | None) -> NoReturn:
     """Raise what a rank failed with, or how the facts differ; collective."""
     told: list[Any] = [None] * group.size()
-    dist.all_gather_object(told, (facts, failure and (type(failure).__name__, str(failure))), group=group)
+    dist.all_gather_object(told, (facts, failure and _said(failure)), group=group)
     if failure is not None and all(failed == told[0][1] for _, failed in told):
         raise failure
     for rank, (_, failed) in enumerate(told):
         if failed is not None:
             kind, text = failed
-            text = text if kind in KINDS else f"{kind}: {text}"
-            raise KINDS.get(kind, RuntimeError)(f"rank {rank}: {text}") from failure
+            # contextlib would take an error for the StopIteration that it comes from
+            cause = None if isinstance(failure, StopIteration) else failure
+            raise next((k for k in KINDS if k.__name__ == kind), RuntimeError)(f"rank {rank}: {text}") from cause
     first, *others = [({"call": " in ".join(call for call, _ in facts[::-1])}, *(known for _, known in facts))
                       for facts, _ in told]  # fmt: skip
     for rank, other in enumerate(others, 1):
         for ours, theirs in zip(first, other, strict=False):
             for name in ours | theirs:
-                here, there = (str(known.get(name, "its default")) for known in (ours, theirs))
+                here, there = (known.get(name, "its default") for known in (ours, theirs))
                 if here != there:
                     got = f"{here} on rank 0, {there} on rank {rank}"
                     raise ValueError(f"{name}: wanted the same on all ranks, got {got}")
-    raise AssertionError(told)
+    raise ValueError("process_group: wanted the same numbers of all ranks, got other kinds of them")
+
+
+def _said(failure: Exception) -> tuple[str, str]:
+    """The kind of an error that all are to raise, and its text."""
+    try:
+        text = str(failure)
+    except Exception:  # of a class with a mistake of its own
+        text = "it cannot say why"
+    kind = next((kind.__name__ for kind in KINDS if isinstance(failure, kind)), "")
+    return kind, text if kind else f"{type(failure).__name__}: {text}"
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:
@@ -248,8 +258,11 @@ def _device(group: dist.ProcessGroup) -> torch.device:
 
 
 def _bits(number: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", number))[0] if isinstance(number, float) else int(number)
+    """The 64 bits of a number, as an integer."""
+    if not isinstance(number, float) and not -(2**63) <= number < 2**63:
+        raise ValueError(f"wanted an integer of 64 bits, got {number}")
+    return struct.unpack("<q", struct.pack("<d" if isinstance(number, float) else "<q", number))[0]
 
 
-def _number(bits: int, kind: type) -> float:
-    return struct.unpack("<d", struct.pack("<q", bits))[0] if kind is float else bits
+def _number(bits: int, is_float: bool) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0] if is_float else bits

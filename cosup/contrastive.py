@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cosup import ops
-from cosup.agreement import note, reopen, same_call, settle, withdraw
+from cosup.agreement import note, reopen, same_call, settle
 from cosup.checks import (
     as_number,
     as_temperature,
@@ -44,7 +44,7 @@ LAYOUTS = ("auto", "all_gather", "ring")
 RING_WORKSPACES = 4  # more of them than this are not gathered
 
 
-@same_call()
+@same_call(contents=("temperature",))
 def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *, hard_negatives: Tensor | None = None,
              query_negatives: bool = False, candidate_negatives: bool = False,
              temperature: float | Tensor = 0.05, normalize: bool = True, symmetric: bool = False,
@@ -130,6 +130,8 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         raise ValueError(f"positives_pool must be one of {POOLS}, got {positives_pool!r}")
     if positives is not None:
         _check_positives(positives, pool)
+        if process_group is None or gather == "local":
+            _check_some(n, len(pool.candidates))
         if symmetric or margin or false_negative_margin is not None or hard_negatives is not None or further:
             names = "symmetric, hard_, query_ and candidate_negatives, margin and false_negative_margin"
             raise ValueError(f"want positives or one of {names}, got both")
@@ -172,8 +174,8 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         counts = _counts(pool, process_group, gather, reduction, workspace_bytes, backend)
         pool = _of_all_ranks(pool, process_group, gather, layout, query_negatives, counts)
 
-    if positives is not None and n and not pool.total:
-        raise ValueError(f"candidates must have rows where there are {n} queries, got none")
+    if pool.group is not None and positives is not None and counts is not None:
+        _check_some(sum(counts[0]), pool.total)  # as all ranks do
     weight = None if sample_weight is None else sample_weight.to(dtype)
     pairs, row_id, col_id = None, pool.query_ids, pool.candidate_ids
     if positives is not None:
@@ -190,8 +192,9 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         total = _total(weight, counts, pool.query, process_group)
         weight = torch.ones_like(pool.target, dtype=dtype) if weight is None else weight
         weight, once = ops.divided(weight, torch.where(total == 0, 1.0, total)), "sum"
-    if process_group is not None and not pool.ring and not symmetric:
-        reopen(process_group)  # nothing is exchanged before the loss
+    alone = pool.group is None or not (pool.ring or symmetric)
+    if alone and (reduction != "none" or workspace_bytes is not None):
+        reopen(process_group)  # nothing is exchanged before the loss, and a budget may be too small
     later = hard is not None or further
     loss, stats = softmax_nll(
         pool.query, pool.candidates, pool.target, scale, bias=None if pool.bias is None else pool.bias.to(dtype),
@@ -235,7 +238,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
     return (loss, RowStats(*(f.detach() for f in stats))) if return_stats else loss
 
 
-@same_call()
+@same_call(contents=("temperature", "bias"))
 def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
                  temperature: float | Tensor = 0.1, bias: float | Tensor = -10.0, normalize: bool = True,
                  query_ids: Tensor | None = None, candidate_ids: Tensor | None = None,
@@ -301,7 +304,8 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
     if reduction == "mean":
         total = weight.sum() if total is None else total
         weight = ops.divided(weight, torch.where(total == 0, 1.0, total))
-    reopen(process_group)  # nothing is exchanged before the loss
+    if reduction != "none" or workspace_bytes is not None:
+        reopen(process_group)  # nothing is exchanged before the loss, and a budget may be too small
     grad = torch.is_grad_enabled()
     need = [grad and t.requires_grad for t in (pool.query, pool.candidates)]
     need.append(grad and (scale.requires_grad or shift.requires_grad))
@@ -374,11 +378,10 @@ def _counts(pool: _Pool, group: ProcessGroup, gather: str, reduction: str, works
             backend: str) -> list[list[int]] | None:  # fmt: skip
     """The call is the same on all ranks, and none failed: queries, candidates and budget of each; None: not told, as
     the rank is alone until the loss, or so that the host needs not wait for a GPU."""
+    check_call(workspace_bytes)
     device, budgeted = pool.query.device, workspace_bytes is not None
     note(group, dtype=str(pool.query.dtype), backend=resolve(backend, pool.query), workspace_bytes=budgeted)
-    if gather == "local" and reduction != "mean":
-        if reduction == "none":
-            withdraw(group)
+    if gather == "local" and reduction == "sum":
         return None
     budget = workspace_bytes if workspace_bytes is not None else default_workspace(device)
     return settle(group, len(pool.query), len(pool.candidates), budget, needed=gather != "local")
@@ -428,6 +431,11 @@ def _kept(pool: _Pool, row_id: Tensor | None) -> Tensor:
     ordered = ids.sort().values
     same = torch.searchsorted(ordered, row_id, right=True) - torch.searchsorted(ordered, row_id)
     return pool.total - same + (ids[pool.target.clamp(0, pool.total - 1)] == row_id)
+
+
+def _check_some(n: int, m: int) -> None:
+    if n and not m:
+        raise ValueError(f"candidates must have rows where there are {n} queries, got none")
 
 
 def _check_positives(positives, pool: _Pool) -> None:

@@ -54,7 +54,7 @@ class CoSupervisionOutput(NamedTuple):
     nsp_stats: RowStats | None
 
 
-@same_call(alike=("input", "target", "token_weight", "lora"), contents=("target", "token_weight"))
+@same_call(alike=("input", "target", "token_weight"), contents=("target", "token_weight"))
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
                          weight: Tensor | None = None, reduction: str = "mean", ignore_index: int = -100,
                          label_smoothing: float = 0.0, z_loss: float = 0.0, logit_scale: float = 1.0,
@@ -182,7 +182,7 @@ def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor, *, lin
     return RowStats(*(f.reshape(input.shape[:-1]) for f in stats))
 
 
-@same_call()
+@same_call(contents=("temperature", "nsp_weight", "ntp_normalizer", "nsp_normalizer"))
 def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, query: Tensor, candidates: Tensor,
                         target: Tensor | None = None, *, linear_bias: Tensor | None = None,
                         candidate_ids: Tensor | None = None, nsp_weight: float = 1.0, mode: str = "joint",

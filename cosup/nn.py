@@ -98,6 +98,13 @@ class MatryoshkaLoss(nn.Module):
         self.weights = [1.0] * len(dims) if weights is None else [*weights]
 
     def forward(self, query: Tensor, candidates: Tensor, target: Tensor | None = None, **inputs: Any) -> Tensor:
+        group = {**getattr(self.loss, "options", {}), **inputs}.get("process_group")
+        if group is None or torch.compiler.is_compiling():
+            return self._sum(query, candidates, target, **inputs)
+        with agreed(group, "MatryoshkaLoss", {"dims": self.dims, "weights": self.weights}):
+            return self._sum(query, candidates, target, **inputs)
+
+    def _sum(self, query: Tensor, candidates: Tensor, target: Tensor | None, **inputs: Any) -> Tensor:
         if query.shape[-1] != candidates.shape[-1] or max(self.dims) > query.shape[-1]:
             lengths = f"{query.shape[-1]} and {candidates.shape[-1]}"
             raise ValueError(f"want vectors of one length, at least {max(self.dims)} of dims, got {lengths}")

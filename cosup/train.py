@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -55,6 +55,11 @@ _OPTIMIZER, _SCHEDULE = "optimizer", "scheduler.pt"  # as accelerate and transfo
 _FIGURES = [
     when + name for when in ("", "eval_") for name in ("loss", "ntp_loss", "nsp_loss", "retrieval_accuracy")
 ]
+_ALIKE = (  # on all ranks
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "micro_batch_size",
+    "packing", "queue_size", "extra_passages", "gather", "logging_strategy", "logging_steps", "eval_strategy",
+    "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end", "fsdp",
+)  # fmt: skip
 _SUMS = ("loss", "ntp_loss", "nsp_loss", "hits", "queries", "tokens")  # over the batches since the last log
 
 
@@ -224,7 +229,8 @@ class CoSupTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
         self._group = _group_of(args)
-        with agreed(self._group, "CoSupTrainer", {"train_dataset": f"{len(train_dataset)} instances"}):
+        with agreed(self._group, "CoSupTrainer", {name: str(getattr(args, name, None)) for name in _ALIKE}):
+            note(self._group, train_dataset=f"{len(train_dataset)} instances", config=str(model.config))
             if not len(train_dataset):
                 raise ValueError("train_dataset: wanted at least one instance, got none")
             if args.world_size > 1:
@@ -286,11 +292,11 @@ class CoSupTrainer(Trainer):
     @classmethod
     def from_config(cls, config: CoSupConfig) -> "CoSupTrainer":
         """Read the data, load the models, make the trainer. Raises ValueError naming what is missing or wrong."""
-        for name in ("gen", "instances", "passages"):
-            if getattr(config, name) is None:
-                raise ValueError(f"{name}: wanted a path, got None")
-        assert config.gen and config.instances and config.passages
         with agreed(_group_of(config), "CoSupTrainer.from_config"):
+            for name in ("gen", "instances", "passages"):
+                if getattr(config, name) is None:
+                    raise ValueError(f"{name}: wanted a path, got None")
+            assert config.gen and config.instances and config.passages
             passages = read_passages(config.passages, config.on_bad_line)
             train = read_instances(config.instances, passages, config.on_bad_line)
             held_out = config.eval_instances and read_instances(config.eval_instances, passages, config.on_bad_line)
@@ -321,15 +327,15 @@ class CoSupTrainer(Trainer):
         """
         with agreed(self._group, "train"):
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-            note(self._group, resume_from_checkpoint=checkpoint)
+            note(self._group, resume_from_checkpoint=checkpoint and _check_state(Path(checkpoint, _STATE)))
             self._reset_interval()
-            settle(self._group)
             result = super().train(checkpoint, trial, ignore_keys_for_eval)
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off model.forward again
-        self.model.eval()  # what comes next is to embed and generate
-        report, length = self.collator.report(), self.model.config.max_length
-        if report["instances"] and report["without_target"] == report["instances"]:
-            raise ValueError(f"max_length: {length} leaves no target in any of {report['instances']} rows; raise it")
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off model.forward again
+            self.model.eval()  # what comes next is to embed and generate
+            report, length = self.collator.report(), self.model.config.max_length
+            if report["instances"] and report["without_target"] == report["instances"]:
+                got = f"{length} leaves no target in any of {report['instances']} rows"
+                raise ValueError(f"max_length: {got}; raise it")
         lost = {name: n for name, n in report.items() if n and name != "instances"}
         if lost:
             warnings.warn(f"rows were cut to max_length {length} (raise it to keep all): {lost}", stacklevel=2)
@@ -345,9 +351,7 @@ class CoSupTrainer(Trainer):
             raise ValueError(f"resume_from_checkpoint: wanted a whole checkpoint, got {str(given)!r}")
         if not given:
             return None
-        checkpoint = str(files.content(Path(str(given))))
-        _check_state(Path(checkpoint, _STATE))
-        return checkpoint
+        return str(files.content(Path(str(given))))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -383,8 +387,14 @@ class CoSupTrainer(Trainer):
                 output = self._cached_step(model, inputs, num_items_in_batch)
                 self._record(output, inputs)
                 loss = output.loss
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model.reducer._rebuild_buckets()  # now, and not in the next forward pass, which one may not come to
         reopen(self._group)
         return loss
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        settle(self._group)
+        return super()._wrap_model(model, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -411,6 +421,7 @@ class CoSupTrainer(Trainer):
         """
         with agreed(self._group, "evaluate"):
             dataloader = self.get_eval_dataloader(eval_dataset)
+            note(self._group, eval_dataset=f"{len(dataloader.dataset)} instances")  # type: ignore[arg-type]
             told = settle(self._group, len(dataloader))
             assert told is not None
             reopen(self._group)
@@ -434,8 +445,9 @@ class CoSupTrainer(Trainer):
             loss += config.nsp_weight * nsp_loss
         metrics = {"loss": loss} | _parts(config.mode, (ntp_loss, nsp_loss), hits, queries)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        with agreed(self._group, "evaluate"):
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _check_ranks(self) -> None:
@@ -674,7 +686,9 @@ class CoSupTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         self._seconds, self._mark = self._seconds + now - self._mark, now
-        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+        todo = [self.control.should_log, self.control.should_evaluate, self.control.should_save]
+        note(self._group, log_evaluate_save=todo)
+        if any(todo):
             settle(self._group)
         super()._maybe_log_save_evaluate(*args, **kwargs)
         reopen(self._group)
@@ -706,8 +720,7 @@ class CoSupTrainer(Trainer):
         """Write the checkpoint to a temporary folder and rename it; an existing checkpoint stays until then."""
         run = self._get_output_dir(trial)
         folder = Path(run, f"checkpoint-{self.state.global_step}")
-        write = files.updated(folder, obsolete=_all_of, keeps=cards.is_of_user)
-        with agreed(self._group, "checkpoint"), write if self.args.should_save else nullcontext() as part:
+        with agreed(self._group, "checkpoint"), self._writes(folder) as part:
             settle(self._group)
             places = self._of_all_ranks(part and str(part.parent))
             reopen(self._group)
@@ -727,6 +740,11 @@ class CoSupTrainer(Trainer):
         if self.args.should_save:
             best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
             rotate_checkpoints(run, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _writes(self, folder: Path) -> AbstractContextManager[Path | None]:
+        if not self.args.should_save:
+            return nullcontext()
+        return files.updated(folder, obsolete=_all_of, keeps=cards.is_of_user)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._saves_in or super()._get_output_dir(trial)
@@ -749,14 +767,16 @@ class CoSupTrainer(Trainer):
             config = replace(self.model.config, temperature=saved.temperature)  # a learned one goes on
             kept = GenCtxModel.from_pretrained(resume_from_checkpoint, config=config, dtype=self.model.gen.dtype)
         set_model_state_dict(self.model, kept.state_dict(), options=StateDictOptions(full_state_dict=True))
+        reopen(self._group)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        workspace = self._kind_of_device(), default_workspace(self._sums.device)
         settle(self._group)
-        workspaces = self._of_all_ranks((self._kind_of_device(), default_workspace(self._sums.device)))
+        workspaces = self._of_all_ranks(workspace)
         reopen(self._group)
         if not self.args.should_save:
             return
@@ -870,14 +890,15 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _check_state(path: Path) -> None:
-    """Refuse values of other types, which transformers would take."""
+def _check_state(path: Path) -> int:
+    """Refuse values of other types, which transformers would take; how many steps were done."""
     with files.readable(path):
         state = TrainerState.load_from_json(str(path))
         kinds = {"global_step": int, "epoch": int | float, "log_history": list, "stateful_callbacks": dict}
         for name, kind in kinds.items():
             if not isinstance(getattr(state, name), kind):
                 raise ValueError(f"{name}: wanted {kind}, got {getattr(state, name)!r}")
+        return state.global_step
 
 
 def _all_of(folder: Path) -> Iterator[Path]:

@@ -2,14 +2,17 @@
 
 import time
 from functools import partial as of
+from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 import cosup.ops
-from cosup import co_supervision_loss, info_nce, linear_cross_entropy, linear_log_prob, sigmoid_loss
+from cosup import agreement, co_supervision_loss, info_nce, linear_cross_entropy, linear_log_prob, sigmoid_loss
 from cosup.compat.cut_cross_entropy import VocabParallelOptions
 from cosup.compat.cut_cross_entropy import linear_cross_entropy as cut
+from cosup.kernels import native
 from cosup.nn import CandidateQueue
 
 SECONDS = 5  # after a call in which one rank fails, all have raised
@@ -35,10 +38,10 @@ def head(loss=linear_cross_entropy, n=6, width=D, rows=7, frozen=(), target=None
     return out
 
 
-def both(labels=0, width=D, ndim=3, **options):
+def both(labels=0, width=D, ndim=3, length=4, **options):
     torch.manual_seed(dist.get_rank())
-    hidden = torch.randn(*(2, 4, D)[-ndim:], requires_grad=True)
-    tensors = torch.randn(9, D), torch.full((2, 4), labels), torch.randn(2, width, requires_grad=True)
+    hidden = torch.randn(*(2, length, D)[-ndim:], requires_grad=True)
+    tensors = torch.randn(9, D), torch.full((2, length), labels), torch.randn(2, width, requires_grad=True)
     out = co_supervision_loss(hidden, *tensors, torch.randn(3, D), process_group=dist.group.WORLD, **options)
     out.loss.backward()
     return out.loss
@@ -50,8 +53,9 @@ def enqueue(size=8, width=D, ids=3):
     return queue.ids
 
 
-def parallel_head(shift=0, width=7, reduce_e_grad=True, **options):
-    part = VocabParallelOptions(width * dist.get_rank(), width * (dist.get_rank() + 1), None, reduce_e_grad)
+def parallel_head(shift=0, width=7, reduce_e_grad=True, start=None, **options):
+    first = width * dist.get_rank() if start is None else start
+    part = VocabParallelOptions(first, width * (dist.get_rank() + 1), None, reduce_e_grad)
     tensors = torch.ones(6, D), torch.ones(7, D), torch.arange(6)
     return cut(*tensors, shift=shift, vocab_parallel_options=part, **options)
 
@@ -66,14 +70,15 @@ def in_sixteen_bits(**options):
         return contrastive(**options)
 
 
-def out_of_memory(call, **options):
-    """The engine's walk fails, as where memory is short."""
-    walk = cosup.ops.walk
-    cosup.ops.walk = None
-    try:
+def fails_with(error, call, **options):
+    """The engine's walk fails."""
+    with mock.patch.object(cosup.ops, "walk", mock.Mock(side_effect=error)):
         return call(**options)
-    finally:
-        cosup.ops.walk = walk
+
+
+class Silent(UnicodeError):
+    def __str__(self):
+        return None
 
 
 BIAS = {"candidate_bias": torch.zeros(4)}
@@ -104,12 +109,35 @@ FAIL = {
         of(contrastive, query_negatives=True, **SOME), of(contrastive, query_negatives=True, **FEW), ValueError,
         "workspace_bytes must be at least",
     ),
-    "memory": (of(contrastive), of(out_of_memory, contrastive), TypeError, "not callable"),
-    "memory, own candidates": (of(contrastive, gather="local"), of(out_of_memory, contrastive, gather="local"),
-                               TypeError, "not callable"),
+    "a budget, no sum": (of(contrastive, reduction="none", **SOME), of(contrastive, reduction="none", **FEW),
+                         ValueError, "workspace_bytes must be at least"),
+    "a budget, own candidates": (
+        of(contrastive, gather="local", symmetric=True, **SOME),
+        of(contrastive, gather="local", symmetric=True, **FEW), ValueError, "workspace_bytes must be at least",
+    ),
+    "no budget": (of(contrastive, layout="ring", **SOME), of(contrastive, layout="ring", workspace_bytes="9"),
+                  ValueError, "workspace_bytes"),
+    "a huge budget": (of(contrastive, **SOME), of(contrastive, workspace_bytes=1 << 63), ValueError, "of 64 bits"),
+    "a target, nothing exchanged": (
+        of(contrastive, gather="local", reduction="none", symmetric=True),
+        of(contrastive, gather="local", reduction="none", symmetric=True, target=torch.tensor([0, 9, 1])),
+        IndexError, "got 9 in row 1",
+    ),
+    "no candidates": (
+        of(contrastive, rows=(3, 0), positives=(torch.zeros(4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))),
+        of(contrastive, rows=(0, 0), positives=(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))),
+        ValueError, "candidates must have rows",
+    ),
+    "an error of a user's": (of(contrastive), of(fails_with, Silent, contrastive), ValueError, "cannot say why"),
+    "an end of something": (of(contrastive), of(fails_with, StopIteration, contrastive), RuntimeError, "StopIter"),
+    "memory": (of(contrastive), of(fails_with, MemoryError, contrastive), RuntimeError, "MemoryError"),
+    "memory, own candidates": (
+        of(contrastive, gather="local"), of(fails_with, MemoryError, contrastive, gather="local"), RuntimeError,
+        "MemoryError",
+    ),
     "memory, a sum": (
         of(contrastive, gather="local", reduction="sum"),
-        of(out_of_memory, contrastive, gather="local", reduction="sum"), TypeError, "not callable",
+        of(fails_with, MemoryError, contrastive, gather="local", reduction="sum"), RuntimeError, "MemoryError",
     ),
     "sigmoid: a target": (of(contrastive, loss=sigmoid_loss),
                           of(contrastive, loss=sigmoid_loss, target=torch.tensor([0, -1, 1])), IndexError, "got -1"),
@@ -117,8 +145,8 @@ FAIL = {
         of(contrastive, loss=sigmoid_loss, sample_weight=torch.ones(3)),
         of(contrastive, loss=sigmoid_loss, sample_weight=torch.ones(2)), ValueError, "sample_weight must be [3]",
     ),
-    "sigmoid: memory": (of(contrastive, loss=sigmoid_loss), of(out_of_memory, contrastive, loss=sigmoid_loss),
-                        TypeError, "not callable"),
+    "sigmoid: memory": (of(contrastive, loss=sigmoid_loss), of(fails_with, MemoryError, contrastive, loss=sigmoid_loss),
+                        RuntimeError, "MemoryError"),
     "head: smoothing": (of(head), of(head, label_smoothing=2.0), ValueError, "label_smoothing must be in [0, 1]"),
     "head: no rows": (of(head), of(head, rows=0), ValueError, "must have rows on every rank"),
     "head: a budget": (of(head, **SOME), of(head, **FEW), ValueError, "workspace_bytes must be at least"),
@@ -134,9 +162,11 @@ FAIL = {
     "queue: vectors": (of(enqueue), of(enqueue, width=4), ValueError, "vectors must be floating [n, 5]"),
     "queue: ids": (of(enqueue), of(enqueue, ids=2), ValueError, "ids must be int64 [3]"),
     "cut: a shift": (of(parallel_head), of(parallel_head, shift=6), ValueError, "shift must be an integer"),
+    "cut: a range": (of(parallel_head), of(parallel_head, start="a"), ValueError, "start must be an integer"),
     "cut: ranges": (of(parallel_head), of(parallel_head, width=8), ValueError, "ranges in rank order"),
 }  # fmt: skip
-FOUND_BY_ALL = {"head: no rows", "head: a budget", "cut: ranges"}  # once they know the sizes of the others
+# Once they know the sizes of the others.
+FOUND_BY_ALL = {"no candidates", "head: no rows", "head: a budget", "cut: ranges"}
 DIFFER = {
     "dtype": (of(contrastive), of(contrastive, dtype=torch.float64), "query"),
     "width": (of(contrastive), of(contrastive, width=4), "query"),
@@ -145,6 +175,12 @@ DIFFER = {
     "a temperature that is learned": (
         of(contrastive, temperature=torch.tensor(0.05)), of(contrastive, temperature=torch.tensor(0.06)), "temperature",
     ),
+    "a temperature of one row": (
+        of(contrastive, temperature=torch.tensor([0.05])), of(contrastive, temperature=torch.tensor([0.06])),
+        "temperature",
+    ),
+    "numpy's numbers": (of(contrastive, label_smoothing=np.float32(0.1)),
+                        of(contrastive, label_smoothing=np.float32(0.2)), "label_smoothing"),
     "reduction": (of(contrastive), of(contrastive, reduction="none"), "reduction"),
     "gather": (of(contrastive), of(contrastive, gather="local"), "gather"),
     "layout": (of(contrastive), of(contrastive, layout="ring"), "layout"),
@@ -180,6 +216,29 @@ DIFFER = {
 }  # fmt: skip
 
 
+UNEVEN = [2, 7, 4, 5]
+# What ranks may have of their own.
+ALLOWED = [
+    lambda rank: contrastive(rows=(rank, 4 + rank), hard_negatives=torch.randn(rank, 1 + rank, D)),
+    lambda rank: contrastive(temperature=np.float64(0.07) if rank else 0.07, label_smoothing=0 if rank else 0.0),
+    lambda rank: contrastive(**{"backend": "native"} if rank and native.AVAILABLE else {}),
+    lambda rank: contrastive(workspace_bytes=1 << 20 + rank, normalize=True),
+    lambda rank: head(rows=UNEVEN[rank], frozen="w" if rank else ""),
+    lambda rank: head(rows=UNEVEN[rank], lora=(torch.ones(2, D, requires_grad=True), torch.ones(UNEVEN[rank], 2), 0.5)),
+    lambda rank: head(rows=UNEVEN[rank], lora=(torch.ones(6, 2, requires_grad=True),
+                                               torch.ones(UNEVEN[rank], 2, requires_grad=bool(rank)))),
+    lambda rank: head(**{"ignore_index": np.int64(-100)} if rank else {}, workspace_bytes=1 << 20 if rank else None),
+    lambda rank: head(loss=linear_log_prob, **{"temperature": 1} if rank else {}),
+    lambda rank: both(length=4 + rank),
+    lambda rank: enqueue(),
+]  # fmt: skip
+
+
+def what_may_differ(rank, world):
+    for call in ALLOWED:
+        call(rank)
+
+
 def one_fails(rank, world):
     """All raise the same, naming the rank and its reason, at once; and what all do next is right."""
     for number, (name, (call, bad, kind, words)) in enumerate(FAIL.items()):
@@ -199,6 +258,28 @@ def one_differs(rank, world):
         assert f"on rank {culprit or 1}" in said, (name, said)
         _all_the_same(said, name)
         _what_comes_next_is_right(name)
+
+
+def one_message_a_call(rank, world):
+    """Where sizes are exchanged, and where the loss is; none where nothing is, in a backward pass, or on one rank."""
+    one = [dist.new_group([k]) for k in range(world)][rank]
+    sent, real = [], agreement.all_gather
+    agreement.all_gather = lambda table, mine, group: sent.append(len(table)) or real(table, mine, group=group)
+    for messages, call in {
+        2: [of(contrastive), of(contrastive, loss=sigmoid_loss), of(contrastive, gather="local")],
+        1: [of(contrastive, layout="ring"), of(contrastive, symmetric=True), of(contrastive, reduction="none"),
+            of(contrastive, gather="local", reduction="sum"), of(head), of(head, label_smoothing=0.1),
+            of(head, loss=linear_log_prob), of(contrastive, gather="local", reduction="none"),
+            of(both, mode="ntp", ntp_normalizer=3, nsp_normalizer=1), of(enqueue)],
+        3: [of(both)],
+    }.items():  # fmt: skip
+        for made in call:
+            sent.clear()
+            made()
+            assert sent == messages * [world], (made, sent)
+    sent.clear()
+    info_nce(torch.randn(3, D), torch.randn(4, D), process_group=one)
+    assert not sent
 
 
 def _raised(call, kind, name):

@@ -76,10 +76,19 @@ def goes_forward_again(trainer, culprit, folder):
     goes_forward(trainer, culprit, folder, count=6)
 
 
-def called(event):
+def called(event, count=1, task=CoSupTrainer.train):
     def run(trainer, culprit, folder):
         if culprit:
-            trainer.add_callback(Fails(event, 2 if event in ("on_step_end", "on_log") else 1))
+            trainer.add_callback(Fails(event, count))
+        task(trainer)
+
+    return run
+
+
+def sets_up(name):
+    def run(trainer, culprit, folder):
+        if culprit:
+            setattr(trainer, name, fail)
         trainer.train()
 
     return run
@@ -124,12 +133,9 @@ def begins(trainer, culprit, folder):
         make(folder, "begins again")
 
 
-def ends(trainer, culprit, folder):
-    called("on_epoch_end")(trainer, culprit, folder)
-
-
-SAVED = dict(save_strategy="steps", save_steps=2)
-EVALUATED = dict(eval_dataset=instances("qqqqqq"), eval_strategy="steps", eval_steps=2)
+SAVED = dict(save_strategy="steps", save_steps=2, logging_steps=9)
+EVALUATED = dict(eval_dataset=instances("qqqqqq"), eval_strategy="steps", eval_steps=2, logging_steps=9)
+EVALUATED |= dict(per_device_eval_batch_size=1)
 ALL = {
     "data": (reads, {}),
     "data, accumulated": (reads, dict(gradient_accumulation_steps=2)),
@@ -144,12 +150,16 @@ ALL = {
     "drawn passages": (draws, dict(extra_passages=3)),
     "on_train_begin": (called("on_train_begin"), {}),
     "on_step_begin": (called("on_step_begin"), {}),
-    "on_step_end": (called("on_step_end"), {}),
-    "on_log": (called("on_log"), {}),
-    "on_epoch_end": (ends, {}),
+    "on_step_begin, second": (called("on_step_begin", 2), {}),
+    "on_step_end": (called("on_step_end", 2), {}),
+    "on_log": (called("on_log", 2), {}),
+    "on_epoch_end": (called("on_epoch_end"), {}),
     "on_train_end": (called("on_train_end"), {}),
     "on_evaluate": (called("on_evaluate"), EVALUATED),
     "on_prediction_step": (called("on_prediction_step"), EVALUATED),
+    "on_evaluate, alone": (called("on_evaluate", task=CoSupTrainer.evaluate), EVALUATED),
+    "the data loader": (sets_up("get_train_dataloader"), {}),
+    "the optimizer": (sets_up("create_optimizer"), {}),
     "on_save": (called("on_save"), SAVED),
     "a checkpoint's folder": (saves((files, "updated")), SAVED),
     "a checkpoint's optimizer": (saves((torch, "save")), SAVED),
@@ -158,6 +168,17 @@ ALL = {
     "a checkpoint to resume": (finds_no_checkpoint, SAVED),
     "a trainer": (begins, {}),
 }  # fmt: skip
+
+
+# Of one rank, of the others.
+DIFFER = {
+    "train_dataset": (dict(kinds=KINDS), dict(kinds=KINDS[:16])),
+    "queue_size": (dict(queue_size=9), {}),
+    "gather": (dict(gather="local"), {}),
+    "logging_steps": (dict(logging_steps=2), {}),
+    "config": (dict(mode="ntp"), {}),
+    "eval_dataset": (dict(eval_dataset=instances("qqq")), dict(eval_dataset=instances("qqqq"))),
+}
 
 
 def make(folder, name, output=None, **options):
@@ -181,6 +202,22 @@ def one_fails(folder: Path, world: int) -> None:
             found = re.fullmatch(rf"rank {culprit}: OSError: planted at ([\d.]+)", str(error))
             assert found, (name, str(error))
             assert time.time() - float(found[1]) < SECONDS, name
+        else:
+            raise AssertionError(f"{name}: nothing was raised")
+    trainer_of(folder / "last", instances(KINDS), world).train()
+
+
+def one_differs(folder: Path, world: int) -> None:
+    rank = int(os.environ["RANK"])
+    for number, (name, both) in enumerate(DIFFER.items()):
+        options = dict(both[rank != number % world])
+        try:
+            trainer = trainer_of(
+                folder / f"{number}", instances(options.pop("kinds", KINDS)), world, ddp_timeout=9, **options
+            )
+            trainer.evaluate()
+        except ValueError as error:
+            assert str(error).startswith(f"{name}: wanted the same on all ranks"), (name, str(error))
         else:
             raise AssertionError(f"{name}: nothing was raised")
     trainer_of(folder / "last", instances(KINDS), world).train()

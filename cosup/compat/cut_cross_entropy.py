@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cosup import losses
 from cosup.agreement import agreed, settle
-from cosup.checks import check_positive, check_reduction
+from cosup.checks import as_integer, check_positive, check_reduction
 from cosup.compat.tensors import check_tensors
 
 
@@ -88,7 +88,7 @@ def linear_cross_entropy(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | N
     """
     part = vocab_parallel_options
     group = None if part is None else _group(part)
-    facts = {"return_lse": return_lse, "reduce_e_grad": part is None or part.reduce_e_grad}
+    facts = {"return_lse": bool(return_lse), "reduce_e_grad": part is None or bool(part.reduce_e_grad)}
     with agreed(group, "cut_cross_entropy", facts):
         _check(softcap, reduction, shift, filter_eps, impl)
         e, c, bias = check_tensors(("e", "c", "targets"), e, c, targets, bias)
@@ -169,7 +169,8 @@ def _group(part: VocabParallelOptions) -> dist.ProcessGroup:
 
 def _check_parts(c: Tensor, part: VocabParallelOptions, group: dist.ProcessGroup | None) -> None:
     """That they lie in rank order. Collective; an error is raised on every rank."""
-    told = settle(group, part.start, part.stop, len(c))
+    ends = (as_integer(f"vocab_parallel_options.{name}", getattr(part, name)) for name in ("start", "stop"))
+    told = settle(group, *ends, len(c))
     assert told is not None
     starts, stops, rows = told
     if starts != [0, *stops[:-1]] or [b - a for a, b in zip(starts, stops, strict=True)] != rows:

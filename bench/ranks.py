@@ -160,9 +160,7 @@ def _wire(c: torch.Tensor, layout: str, world: int) -> None:
         parts = torch.empty(world * len(c), c.shape[1])
         dist.all_to_all_single(parts, everyone, [len(c)] * world, [len(c)] * world, group=group)
         return
-    counts = settle(group, len(c))
-    assert counts is not None
-    peers = Peers(group.group_name, counts[0])
+    peers = Peers(group.group_name, settle(group, len(c))[0])
     for _ in range(2):
         for _ in range(world - 1):
             peers.swap([c], (peers.rank + 1) % world, [torch.empty_like(c)], (peers.rank - 1) % world).wait()

@@ -97,11 +97,11 @@ def agreed(group: dist.ProcessGroup | None, call: str, facts: Mapping[str, Any] 
         _exchange(group, [*_due(group), block], (), failure, needed=True)
 
 
-def settle(group: dist.ProcessGroup | None, *numbers: float, needed: bool = True) -> list[list[Any]] | None:
+def settle(group: dist.ProcessGroup | None, *numbers: float, needed: bool = True) -> list[list[Any]]:
     """Send the message that is due, with numbers, int or float; waits for the answer: each number on every rank.
 
-    Without ``needed`` the answer is not asked for. Where the message goes by a GPU, it is then sent only if it is the
-    first of its facts, so that the host waits for the GPU no second time; None: not sent.
+    Without ``needed`` the answer may be []: where the message goes by a GPU, it is then sent only if it is the first of
+    its facts, so that the host waits for the GPU no second time.
     """
     if group is None:
         return [[number] for number in numbers]
@@ -165,7 +165,7 @@ def _fact(value: Any, frozen: bool = False, alike: bool = True, contents: bool =
     if isinstance(value, float) and value.is_integer():
         return int(value)  # 1.0 is 1
     if value is None or isinstance(value, bool | int | float | str):
-        return value if type(value) is not float else float(value)
+        return value
     if isinstance(value, tuple | list):
         return [_fact(part, frozen, alike, contents) for part in value]
     if not isinstance(value, Tensor):
@@ -187,7 +187,7 @@ def _due(group: dist.ProcessGroup) -> list[_Block]:
 
 
 def _exchange(group: dist.ProcessGroup, blocks: list[_Block], numbers: tuple[float, ...], failure: Exception | None,
-              needed: bool) -> list[list[Any]] | None:  # fmt: skip
+              needed: bool) -> list[list[Any]]:  # fmt: skip
     for block in blocks:
         block.due = False
     bits: list[int] = []
@@ -205,7 +205,7 @@ def _exchange(group: dist.ProcessGroup, blocks: list[_Block], numbers: tuple[flo
     device = _device(group)
     if device.type != "cpu" and not needed and failure is None:
         if torch.cuda.is_current_stream_capturing() or (group.group_name, digest) in _sent:
-            return None
+            return []
         _sent.add((group.group_name, digest))
     row = [digest if failure is None else FAILED, *bits, *(NUMBERS - len(bits)) * [0]]
     mine = torch.tensor([row], device=device)

@@ -174,7 +174,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         counts = _counts(pool, process_group, gather, reduction, workspace_bytes, backend)
         pool = _of_all_ranks(pool, process_group, gather, layout, query_negatives, counts)
 
-    if pool.group is not None and positives is not None and counts is not None:
+    if pool.group is not None and positives is not None:
         _check_some(sum(counts[0]), pool.total)  # as all ranks do
     weight = None if sample_weight is None else sample_weight.to(dtype)
     pairs, row_id, col_id = None, pool.query_ids, pool.candidate_ids
@@ -375,33 +375,32 @@ def _pool(query, candidates, target, query_ids, candidate_ids, bias=None, positi
 
 
 def _counts(pool: _Pool, group: ProcessGroup, gather: str, reduction: str, workspace_bytes: int | None,
-            backend: str) -> list[list[int]] | None:  # fmt: skip
-    """The call is the same on all ranks, and none failed: queries, candidates and budget of each; None: not told, as
-    the rank is alone until the loss, or so that the host needs not wait for a GPU."""
+            backend: str) -> list[list[int]]:  # fmt: skip
+    """The call is the same on all ranks, and none failed: queries, candidates and budget of each; []: not told, as the
+    rank is alone until the loss, or so that the host needs not wait for a GPU."""
     check_call(workspace_bytes)
     device, budgeted = pool.query.device, workspace_bytes is not None
     note(group, dtype=str(pool.query.dtype), backend=resolve(backend, pool.query), workspace_bytes=budgeted)
     if gather == "local" and reduction == "sum":
-        return None
+        return []
     budget = workspace_bytes if workspace_bytes is not None else default_workspace(device)
     return settle(group, len(pool.query), len(pool.candidates), budget, needed=gather != "local")
 
 
-def _total(weight: Tensor | None, counts: list[list[int]] | None, like: Tensor, group: ProcessGroup) -> Tensor:
+def _total(weight: Tensor | None, counts: list[list[int]], like: Tensor, group: ProcessGroup) -> Tensor:
     """The weights of all ranks' rows, 1 each if there are none."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    if weight is None and counts is not None:
+    if weight is None and counts:
         return torch.full((), sum(counts[0]), dtype=dtype, device=like.device)
     here = torch.full((), len(like), dtype=dtype, device=like.device) if weight is None else weight.sum()
     return SumOverRanks.apply(here, group)
 
 
 def _of_all_ranks(pool: _Pool, process_group: ProcessGroup, gather: str, layout: str, with_queries: bool,
-                  told: list[list[int]] | None) -> _Pool:  # fmt: skip
+                  told: list[list[int]]) -> _Pool:  # fmt: skip
     """With the candidates of all ranks, gathered or to come in a ring; collective."""
     if gather == "local":
         return pool
-    assert told is not None
     d, exact, rank = pool.query.shape[1], gather == "exact", process_group.rank()
     queries, counts, budgets = told
     first, total = sum(counts[:rank]), sum(counts)

@@ -40,9 +40,7 @@ def parts_of(group: dist.ProcessGroup, m: int, workspace_bytes: int = 0, any_bud
     Raises:
         ValueError: On every rank, if one has no columns.
     """
-    told = settle(group, m, workspace_bytes, any_budget)
-    assert told is not None
-    counts, budgets, free = told
+    counts, budgets, free = settle(group, m, workspace_bytes, any_budget)
     if not all(counts):
         raise ValueError(f"linear_weight must have rows on every rank of process_group, got {counts}")
     return [*counts, min(budgets), all(free)]
@@ -211,9 +209,8 @@ def loss_of_ranks(loss: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over all ranks of their parts of a loss, on each of them, with the gradient of the part here alone. In
     the message that is due, where the host holds the loss."""
     if loss.device.type == "cpu" and is_due(group):
-        told = settle(group, loss.item())
-        assert told is not None
-        return _ToldLoss.apply(loss, sum(told[0]))
+        (parts,) = settle(group, loss.item())
+        return _ToldLoss.apply(loss, sum(parts))
     if is_due(group):
         settle(group, needed=False)
     return _LossOfRanks.apply(loss, group)

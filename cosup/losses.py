@@ -253,9 +253,8 @@ def co_supervision_loss(hidden: Tensor, linear_weight: Tensor, labels: Tensor, q
 def _counts(targets: Tensor, queries: int, group: ProcessGroup) -> tuple[float | Tensor, float | Tensor]:
     """Those of all ranks; in the message that is due, where the host knows them."""
     if targets.device.type == "cpu" and is_due(group):
-        told = settle(group, int(targets), queries)
-        assert told is not None
-        return sum(told[0]), sum(told[1])
+        of_targets, of_queries = settle(group, int(targets), queries)
+        return sum(of_targets), sum(of_queries)
     if is_due(group):
         settle(group, needed=False)
     counts = SumOverRanks.apply(torch.stack([targets, targets.new_tensor(queries)]), group)

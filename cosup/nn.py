@@ -215,7 +215,6 @@ class CandidateQueue(nn.Module):
             counts = settle(self.process_group, len(ids))
         vectors = vectors.to(self.vectors.dtype)
         if self.process_group is not None:
-            assert counts is not None
             vectors, ids = (_of_all_ranks(self.process_group, t, counts[0]) for t in (vectors, ids))
         self.enqueued += len(ids)
         vectors, ids = vectors[-size:], ids[-size:]

@@ -179,9 +179,7 @@ def _ready(p: Problem, blocks, gap: float | None, rank: bool) -> Problem:
 def _peers(ring: str | None, parts: list[int] | None, w: Tensor) -> Peers | None:
     if ring is None:
         return None
-    told = [parts] if parts else settle(group_of(ring), len(w))
-    assert told is not None
-    return Peers(ring, told[0])
+    return Peers(ring, parts or settle(group_of(ring), len(w))[0])
 
 
 def _planning(group: str | None, workspace_bytes: int | None):

@@ -422,8 +422,7 @@ class CoSupTrainer(Trainer):
         with agreed(self._group, "evaluate"):
             dataloader = self.get_eval_dataloader(eval_dataset)
             note(self._group, eval_dataset=f"{len(dataloader.dataset)} instances")  # type: ignore[arg-type]
-            told = settle(self._group, len(dataloader))
-            assert told is not None
+            (batches,) = settle(self._group, len(dataloader))
             reopen(self._group)
             sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
             self.model.eval()
@@ -433,7 +432,7 @@ class CoSupTrainer(Trainer):
                 targets, queries = output.ntp_count, output.nsp_count
                 sums += self._row(output.ntp_loss * targets, targets, output.nsp_loss * queries, queries, _hits(output))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            if self.is_fsdp_enabled and len(dataloader) < max(told[0]):  # others wait for the weights that are here
+            if self.is_fsdp_enabled and len(dataloader) < max(batches):  # others wait for the weights that are here
                 inputs = self._prepare_inputs(self.collator([dataloader.dataset[0]]))
                 with torch.no_grad():
                     self._forward(self.model, self._needed(inputs))

@@ -12,12 +12,14 @@ import resource
 import signal
 import stat
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from cosup import files
 from cosup.data.schema import Passage, read_passages, write_jsonl
@@ -160,6 +162,7 @@ def in_a_child(work) -> tuple[int, str]:
     reads, writes = os.pipe()
     child = os.fork()
     if not child:
+        tqdm.set_lock(threading.RLock())  # its parent's is shared, and kept for ever if this process is killed
         try:
             work()
             os._exit(0)

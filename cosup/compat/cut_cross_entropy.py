@@ -170,9 +170,7 @@ def _group(part: VocabParallelOptions) -> dist.ProcessGroup:
 def _check_parts(c: Tensor, part: VocabParallelOptions, group: dist.ProcessGroup | None) -> None:
     """That they lie in rank order. Collective; an error is raised on every rank."""
     ends = (as_integer(f"vocab_parallel_options.{name}", getattr(part, name)) for name in ("start", "stop"))
-    told = settle(group, *ends, len(c))
-    assert told is not None
-    starts, stops, rows = told
+    starts, stops, rows = settle(group, *ends, len(c))
     if starts != [0, *stops[:-1]] or [b - a for a, b in zip(starts, stops, strict=True)] != rows:
         ranges = [*zip(starts, stops, strict=True)]
         raise ValueError(

@@ -327,7 +327,9 @@ class CoSupTrainer(Trainer):
         """
         with agreed(self._group, "train"):
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-            note(self._group, resume_from_checkpoint=checkpoint and _check_state(Path(checkpoint, _STATE)))
+            if checkpoint:
+                steps = _steps_done(Path(checkpoint, _STATE))
+                note(self._group, resume_from_checkpoint=f"after {steps} steps")  # in a folder that may be its own
             self._reset_interval()
             result = super().train(checkpoint, trial, ignore_keys_for_eval)
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off model.forward again
@@ -889,8 +891,8 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _check_state(path: Path) -> int:
-    """Refuse values of other types, which transformers would take; how many steps were done."""
+def _steps_done(path: Path) -> int:
+    """Of a trainer's state; values of other types, which transformers would take, are refused."""
     with files.readable(path):
         state = TrainerState.load_from_json(str(path))
         kinds = {"global_step": int, "epoch": int | float, "log_history": list, "stateful_callbacks": dict}

@@ -59,7 +59,8 @@ def load(state: dict[str, Any], folder: Path, *, no_dist: bool = False) -> None:
         try:
             dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=no_dist)
         except CheckpointException as error:  # derives from BaseException
-            reason, _ = next(iter(error.failures.values()))
+            failure, _ = next(iter(error.failures.values()))
+            reason = str(failure) or type(failure).__name__
             raise ValueError(f"{folder}: {reason}") from error
 
 
@@ -67,8 +68,7 @@ class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         path = Path(self.path, _METADATA)
         with readable(path):
-            with open(path, "rb") as file:
-                metadata = _Unpickler(file).load()
+            metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()  # reads end where the file does
             if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
                 raise ValueError(f"wanted Metadata of a dict, got {type(metadata).__name__}")
             for name, tensor in metadata.state_dict_metadata.items():
@@ -77,6 +77,10 @@ class _Reader(dcp.FileSystemReader):
             for info in metadata.storage_data.values():
                 if Path(info.relative_path).name != info.relative_path:
                     raise ValueError(f"wanted the name of a file of this folder, got {info.relative_path!r}")
+                size = Path(self.path, info.relative_path).stat().st_size
+                if not 0 <= info.offset <= info.offset + info.length <= size:
+                    part = f"{info.length} bytes from {info.offset}"
+                    raise ValueError(f"wanted a part of the {size} bytes of {info.relative_path}, got {part}")
             metadata.storage_meta = StorageMeta(load_id=self.load_id)
             return metadata
 
@@ -112,10 +116,16 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be ov
     stack: list[Any]
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
+    def load_bytearray8(self) -> None:
+        """Refused: it takes as much memory as the file says, before anything is read."""
+        raise ValueError("wanted the table of contents of tensors, got a bytearray")
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8  # type: ignore[assignment]
+
     def load_build(self) -> None:
         """Set attributes of instances alone: those of a class or function would change the whole process."""
         if type(self.stack[-2]).__name__ not in _RECORDS:
-            raise ValueError(f"wanted the table of contents of tensors, got attributes of {self.stack[-2]!r}")
+            raise ValueError(f"wanted the table of contents of tensors, got attributes of {type(self.stack[-2])}")
         super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]

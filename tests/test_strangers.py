@@ -4,10 +4,14 @@ import ast
 import builtins
 import functools
 import io
+import itertools
 import json
 import os
 import pickle
+import random
 import re
+import struct
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -156,6 +160,19 @@ def test_parts_lie_within_their_folder(path, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("change", [{"length": 1 << 40}, {"length": -1}, {"offset": 1 << 40}, {"offset": -1}])
+def test_parts_lie_within_their_file(change, tmp_path):
+    """Else torch takes memory for as much as the table says."""
+    saved_in_parts(tmp_path, c=1.0)
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+    (place,) = (place for place in metadata.storage_data if place.fqn == "model.c")
+    metadata.storage_data[place] = replace(metadata.storage_data[place], **change)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="/.metadata: unreadable: wanted a part of the .* bytes of __0_0.distcp, got "):
+        shards.names(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "noise"])
 def test_damaged_parts_are_named(file, damage, tmp_path):
@@ -167,10 +184,31 @@ def test_damaged_parts_are_named(file, damage, tmp_path):
     if damage == "gone":
         path.unlink()
     else:
-        path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "noise": os.urandom(len(data))}[damage])
+        path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "noise": noise(len(data))}[damage])
     with pytest.raises(ValueError, match=f"{tmp_path}/{SHARDS}") as raised:
         GenCtxModel.from_pretrained(tmp_path)
     assert "Traceback" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["BYTEARRAY8", "BINBYTES8", "BINUNICODE8", "FRAME", "BINBYTES", "BINUNICODE", "LONG4"])
+def test_a_table_takes_no_more_memory_than_its_file(kind, tmp_path):
+    """Each of these says how long it is: here 2 GB, or 1 TB."""
+    size = 1 << 40 if kind == "FRAME" or kind.endswith("8") else (1 << 31) - 1
+    (tmp_path / ".metadata").write_bytes(getattr(pickle, kind) + struct.pack("<Q", size) + b"N.")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"{tmp_path}/.metadata: unreadable"):
+            shards.names(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_table_of_noise_is_named(tmp_path):
+    for first, seed in itertools.product(range(256), range(8)):
+        (tmp_path / ".metadata").write_bytes(bytes([first]) + noise(200, seed))
+        with pytest.raises(ValueError, match=f"{tmp_path}/.metadata: unreadable"):
+            shards.names(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -249,13 +287,17 @@ def test_nothing_is_unpickled_and_no_code_is_trusted_anywhere():
 # ---- what is damaged is named
 
 
+def noise(length: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(length)
+
+
 @pytest.mark.parametrize("file", ["gen/model.safetensors", "ctx/model.safetensors", "cosup.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
 def test_damaged_weights_are_named(file, damage, tmp_path):
     pair().save_pretrained(tmp_path)
     path = tmp_path / file
     data = path.read_bytes()
-    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "noise": os.urandom(len(data))}[damage])
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "noise": noise(len(data))}[damage])
     with pytest.raises(ValueError, match=f"{path}: "):
         GenCtxModel.from_pretrained(tmp_path)
 

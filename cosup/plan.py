@@ -158,11 +158,14 @@ def used(n: int, m: int, rows: int, cols: int, cost: Cost, grads: bool) -> int:
         return 0
     strip = strip_cols(rows, cols, cost)
     width = strip if cost.strips_alone else cols
-    total = rows * (padded(-(-width // cost.merged_cols)) * cost.tile + cost.block_row) + n * cost.row + m * cost.column
-    dots = rows * strip * cost.dots + (rows + strip) * cost.chain * cost.packed * (cost.features > cost.chain)
+    high = rows + (-rows % round_step(rows) if cost.packed else 0)  # of the tile and of products
+    total = high * (padded(-(-width // cost.merged_cols)) * cost.tile + cost.block_row) + n * cost.row + m * cost.column
+    if high > rows and not cost.block_row:
+        total += high * cost.features * cost.packed  # the block's rows of x, copied
+    dots = high * strip * cost.dots + (high + strip) * cost.chain * cost.packed * (cost.features > cost.chain)
     of_x, of_w = (of * cost.product + min(summands, cost.chain) * cost.packed if of else 0
-                  for of, summands in ((cost.of_x, strip), (cost.of_w, rows)))  # fmt: skip
-    total += max(dots, rows * strip * cost.coef + max(rows * of_x, strip * of_w) if grads else 0)
+                  for of, summands in ((cost.of_x, strip), (cost.of_w, high)))  # fmt: skip
+    total += max(dots, high * strip * cost.coef + max(high * of_x, strip * of_w) if grads else 0)
     if grads:
         total += (rows + cols) * cost.second
         total += cols * cost.table_row if rows < n else _apart(cols * cost.of_w, cost)
@@ -179,10 +182,17 @@ def _apart(numbers: int, cost: Cost) -> int:
 
 
 def strip_cols(rows: int, cols: int, cost: Cost) -> int:
-    """Columns multiplied at once: neither they nor what they give of the table's gradient outgrow the strip."""
+    """Columns multiplied at once, a power of two or all: neither they nor what they give of the table's gradient
+    outgrow the strip."""
     if not cost.strip:
         return cols
-    return min(cols, max(ALIGN, cost.strip // max(rows, cost.features, 1) // ALIGN * ALIGN))
+    most = max(ALIGN, cost.strip // max(rows, cost.features, 1))
+    return min(cols, 1 << (most.bit_length() - 1))
+
+
+def round_step(count: int) -> int:
+    """Between a power of two and the next, its multiples are the sixteen round numbers."""
+    return 1 << max(0, count.bit_length() - 5)
 
 
 def padded(cols: int) -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cosup import gemm
@@ -171,7 +172,8 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
         assert backend != NARROW  # whose logits must not be compared with exact ones
         state.target.copy_(_target_logits(p, plan))
     tile_dtype = p.x.dtype if backend == NARROW else p.scale.dtype
-    tile_buffer = torch.empty(rows, cols * (FUSED_FIELDS if fused else 1), dtype=tile_dtype, device=p.x.device)
+    rows, cols = gemm.round_rows(p.x, rows), cols * (FUSED_FIELDS if fused else 1)
+    tile_buffer = torch.empty(rows, cols, dtype=tile_dtype, device=p.x.device)
     if backend == NARROW:
         assert (p.rows is None or p.kept is not None) and p.x2 is None
         p = p._replace(own=kernels.target_dots(p.x, p.w, p.target, p.col0, p.rows))
@@ -186,6 +188,7 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
         for product in products:
             product.start_slab(s)
         for r in _spans(0, n, plan.block_rows):
+            height = r.stop - r.start
             for product in products:
                 product.start_block(r)
             counts = {} if products[0].kept is None else {"count": products[0].kept}
@@ -197,11 +200,13 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
             if fused:
                 kernels.product_stats(products[0].x_r, p.w[s], state.rows(r), tile_buffer, rank, *_features(p, r, s))
             else:
-                tile = tile_buffer[: r.stop - r.start, : s.stop - s.start]
+                tile = tile_buffer[: gemm.round_rows(p.x, height), : s.stop - s.start]
+                tile[height:] = 0  # stays so: only products take these rows
                 start = max(s.start, r.start // ALIGN * ALIGN) if p.triangle else s.start
                 starts = [(c, c.start - s.start if whole else 0) for c in _spans(start, s.stop, plan.strip_cols)]
                 strips = [(c, tile[:, at : at + c.stop - c.start]) for c, at in starts]
-            for c, strip in strips:
+            for c, every_row in strips:
+                strip = every_row[:height]
                 for product in products:
                     product.dots(c, strip, first=product is products[0])
                 if p.triangle and c.start < r.stop:
@@ -214,9 +219,9 @@ def walk(p: Problem, plan: Plan, backend: str, *, weights: RowWeights | None = N
                 if known is None and not whole:
                     kernels.tile_stats(strip, state.rows(r), *_features(p, r, c), **counts)
                 if coefficients is not None:
-                    _add_gradients(p, kernels, products, dbias, r, c, strip, state.max[r], coefficients, counts)
+                    _add_gradients(p, kernels, products, dbias, r, c, every_row, state.max[r], coefficients, counts)
             if known is None and whole and not fused:
-                kernels.tile_stats(tile, state.rows(r), *_features(p, r, s), **counts)
+                kernels.tile_stats(tile[:height], state.rows(r), *_features(p, r, s), **counts)
             if known is None and p.shard is not None and s.stop == m:
                 merge(state.rows(r), p.shard.holds(p.target[r], m), p.shard, rank)
             if weights is None:
@@ -272,6 +277,8 @@ class _Product:
         self.x_r, self.dx_r = self.x[:0], None  # as above
         self.kept = _kept(self.p, r)
         self.x_r = _take(self.p, self.x, r, self.kept)
+        if more := gemm.round_rows(self.x, r.stop - r.start) - (r.stop - r.start):
+            self.x_r = F.pad(self.x_r, (0, 0, 0, more))
 
     def dots(self, c: slice, tile: Tensor, *, first: bool) -> None:
         if first:
@@ -624,11 +631,13 @@ def _block_coefficients(p: Problem, weights: RowWeights, state: RowState, column
 
 def _add_gradients(p: Problem, kernels: Kernels, products: list[_Product], dbias: Tensor | None, r: slice, c: slice,
                    strip: Tensor, shift_r: Tensor, coefficients, counts: dict[str, Tensor]) -> None:  # fmt: skip
-    """Turn a strip into gradient coefficients, and add what they give."""
+    """Turn a strip into gradient coefficients, and add what they give. Its rows beyond r are zero."""
     a, b, e, h, of_columns, of_pairs = coefficients
     features = (*_features(p, r, c), e, h, *(v[c] for v in of_columns))
     tile_grad = functools.partial(kernels.tile_grad, **counts)
-    coef = _coefficients(tile_grad, strip, p.x.dtype, shift_r, a, b, features, of_pairs)
+    coef = _coefficients(tile_grad, strip[: r.stop - r.start], p.x.dtype, shift_r, a, b, features, of_pairs)
+    if len(coef) < len(strip):
+        coef = strip  # of the same memory
     for product in products:
         product.add(c, coef)
     if dbias is not None:

@@ -117,6 +117,14 @@ def narrow_slabs(monkeypatch):
 
 
 @pytest.fixture
+def filthy_memory():
+    """New memory is full of NaN, not of zeros by chance."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def one_thread():
     """Sums are split by threads, and bits depend on their number."""
     threads = torch.get_num_threads()

@@ -144,7 +144,7 @@ PLANS = {"one block": {}, "blocks": {"block_rows": 70},
     (walk.NARROW, "one block", 0, True), (walk.NARROW, "blocks", 0.5, True), (walk.NARROW, "slabs", 0.5, False),
     (walk.NARROW, "slabs", 0.5, True),
 ])  # fmt: skip
-def test_of_known_weights(backend, rows, share, rank, counts, device, monkeypatch):
+def test_of_known_weights(backend, rows, share, rank, counts, device, monkeypatch, filthy_memory):
     """Loss, statistics and gradients against float64, at most twice the error of plain PyTorch's 16 bits."""
     n, m, d = 150, 104, 24
     x, w = torch.randn(n, d, device=device).half(), torch.randn(m, d, device=device).half()
@@ -154,8 +154,9 @@ def test_of_known_weights(backend, rows, share, rank, counts, device, monkeypatc
     target[7] = -100
     real = ops.plan
     monkeypatch.setattr(ops, "plan", lambda *a, **k: real(*a, **k)._replace(**PLANS[rows]))
-    weight, one = (target >= 0).float(), torch.ones((), device=device)
-    smooth, soft, square = 0.1 * weight / m, torch.rand(m, device=device), 0.01 * weight
+    keep, one = (target >= 0).float(), torch.ones((), device=device)
+    smooth, soft, square = 0.1 * keep / m, torch.rand(m, device=device), 0.01 * keep
+    weight = keep.masked_fill(target < 0, 7.0)  # which nobody reads
     filthy = x.masked_fill((target < 0)[:, None], float("nan"))
     p = [t.clone().requires_grad_() for t in (filthy, w)]
     found = ops.loss_and_grads(*arguments(

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "steps": set(),
     "plan": {"steps"},
-    "gemm": {"kernels"},
+    "gemm": {"kernels", "plan"},
     "direct": set(),
     "agreement": set(),
     "distributed": {"kernels", "agreement"},

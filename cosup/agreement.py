@@ -29,8 +29,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# its name from torch 2.13 on, and before
-all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 NUMBERS = 3  # of a message, at most
 FAILED = -1  # in place of a digest, which is positive
 KINDS = (ValueError, IndexError, TypeError)  # of errors that others raise too
@@ -208,9 +206,9 @@ def _exchange(group: dist.ProcessGroup, blocks: list[_Block], numbers: tuple[flo
             return []
         _sent.add((group.group_name, digest))
     row = [digest if failure is None else FAILED, *bits, *(NUMBERS - len(bits)) * [0]]
-    mine = torch.tensor([row], device=device)
-    table = mine.new_empty(group.size(), len(row))
-    all_gather(table, mine, group=group)
+    mine = torch.tensor([row] * group.size(), device=device)  # one for each
+    table = torch.empty_like(mine)
+    dist.all_to_all_single(table, mine, group=group)  # over gloo half the time of all_gather
     digests, *columns = table.T.tolist()
     if failure is not None or len(set(digests)) > 1:
         _refuse(group, [(block.call, block.facts) for block in blocks], failure)

@@ -7,16 +7,18 @@ gathers the table; its gradients are summed where they belong, and the columns' 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosup.agreement import all_gather, is_due, settle
+from cosup.agreement import is_due, settle
 from cosup.kernels.reference import ColumnState, RowState
 
+# its name from torch 2.13 on, and before
+all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 SUM_ROWS = 1024  # rows of a 16-bit gradient that are widened at once to be summed
 
 

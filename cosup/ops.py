@@ -142,9 +142,9 @@ def _per_row(p: Problem, state: RowState, backend: str) -> RowValues:
     if p.kept is not None:
         return evaluate(state, p.columns, p.margin, p.scale, None, p.rows, p.kept)
     values = evaluate(state, p.columns, p.margin, p.scale, p.skip)
-    if p.positives is not None:  # from the pooled logit to the mean by the positives' own softmax
-        entropy = p.positives.entropy()
-        values.excess.add_(entropy if p.skip is None else entropy.masked_fill(p.skip, 0))
+    if p.positives is not None:  # not by way of the pooled logit, whose rounding may be larger than the difference
+        excess = (state.max - p.positives.mean()) + state.dot / state.sum
+        values.excess.copy_(excess if p.skip is None else excess.masked_fill(p.skip, 0))
     if p.rows is not None:
         return RowValues(*(f.new_zeros(len(p.x)).index_copy_(0, p.rows, f) for f in values))
     return values

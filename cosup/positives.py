@@ -47,11 +47,16 @@ class Positives(NamedTuple):
             return (1 / self.counts.to(self.logit.dtype))[self.row]
         return torch.exp(self.logit - self.pooled()[self.row])
 
-    def entropy(self) -> Tensor:
-        """Each row's pooled logit less the mean of its logits by their weights. [N]"""
-        weights = self.weights()
-        lag = (self.pooled()[self.row] - self.logit).masked_fill(weights == 0, 0.0)  # infinite where they are masked
-        return self._sum(weights * lag)
+    def mean(self) -> Tensor:
+        """Of each row's logits, by their weights; the pooled logit where none is finite. [N]"""
+        if self.pool == "mean":
+            return self.pooled()
+        top = self._highest(self.logit)
+        lag = self.logit - top[self.row]
+        share = torch.exp(lag)
+        total = self._sum(share)
+        mean = top + self._sum(share * lag.masked_fill(share == 0, 0.0)) / total
+        return torch.where((top == float("-inf")) | (total == 0), self.pooled(), mean)
 
     def best(self) -> Tensor:
         """Column of the first of each row's highest logits, or of one that is NaN; 0 without a positive. [N] int64"""

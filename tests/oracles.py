@@ -14,6 +14,13 @@ N, M, D = 65, 130, 33
 
 def check(loss, plain, inputs):
     """Value and gradients of ``loss`` against float64 ``plain``; the budget is twice the error of ``plain`` itself."""
+    for i, (_, (error, allowed, one_rounding)) in enumerate(errors(loss, plain, inputs)):
+        assert error <= 2 * (allowed + one_rounding), f"output {i}: {error:.3g} against {allowed:.3g}"
+
+
+def errors(loss, plain, inputs):
+    """Value and gradients of ``plain`` in float64, each with its largest error by ``loss``, by ``plain``, and by one
+    rounding."""
 
     def run(function, tensors):
         tensors = [t.detach().clone().requires_grad_() for t in tensors]
@@ -23,12 +30,14 @@ def check(loss, plain, inputs):
 
     truth = run(plain, [t.double() for t in inputs])
     theirs, ours = run(plain, inputs), run(loss, inputs)
-    for i, (t, p, o) in enumerate(zip(truth, theirs, ours, strict=True)):
+    found = []
+    for t, p, o in zip(truth, theirs, ours, strict=True):
         error, allowed = (o.double() - t).abs().max(), (p.double() - t).abs().max()
         # what writing a 16-bit output costs at best; an ulp for a float32 one, two for a scalar, exact by luck at times
         dtype = p.dtype if p.ndim else inputs[0].dtype
         one_rounding = (0.5 if dtype.itemsize == 2 else 1 if p.ndim else 2) * torch.finfo(dtype).eps * t.abs().max()
-        assert error <= 2 * (allowed + one_rounding), f"output {i}: {error:.3g} against {allowed:.3g}"
+        found.append((t, (float(error), float(allowed), float(one_rounding))))
+    return found
 
 
 def bytes_for(strategy, x, m, backend, ignored=0):
@@ -97,7 +106,7 @@ def contrastive(query, candidates, *, temperature, target, normalize=True, reduc
     hit = torch.zeros(len(query), len(candidates), dtype=torch.bool, device=query.device)
     hit[n, target] = True
     similarity = query @ candidates.mT
-    z = (similarity - margin * hit) / temperature
+    z = (similarity - margin * hit.to(similarity.dtype)) / temperature
     if candidate_bias is not None:
         z = z + candidate_bias
     out = torch.zeros_like(hit)

@@ -131,9 +131,13 @@ def same_call(alike: Collection[str] = (), contents: Collection[str] = ()) -> Ca
     """
 
     def decorate(function: Function) -> Function:
-        defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
-        positions = tuple(defaults)
+        parameters = inspect.signature(function).parameters
+        defaults = {name: _fact(p.default) for name, p in parameters.items() if p.default is not p.empty}
         no_facts = {"process_group", "workspace_bytes"}
+
+        def fact(name: str, value: Any) -> Any:
+            whole, same = name in alike, name in contents
+            return _fact(value, bool(alike) and not whole, whole or same, same)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -142,13 +146,10 @@ def same_call(alike: Collection[str] = (), contents: Collection[str] = ()) -> Ca
                 return function(*args, **kwargs)
             if not isinstance(group, dist.ProcessGroup):
                 raise ValueError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
-            given = dict(zip(positions, args, strict=False)) | kwargs
             with agreed(group, function.__name__):
-                for name, value in given.items():
-                    whole, same = name in alike, name in contents
-                    fact = _fact(value, bool(alike) and not whole, whole or same, same)
-                    if name not in no_facts and not (name in defaults and fact == _fact(defaults[name])):
-                        note(group, **{name: fact})
+                given = dict(zip(parameters, args, strict=False)) | kwargs
+                known = {name: fact(name, value) for name, value in given.items() if name not in no_facts}
+                note(group, **{n: f for n, f in known.items() if n not in defaults or f != defaults[n]})
                 return function(*args, **kwargs)
 
         return call  # type: ignore[return-value]
@@ -206,10 +207,11 @@ def _exchange(group: dist.ProcessGroup, blocks: list[_Block], numbers: tuple[flo
             return []
         _sent.add((group.group_name, digest))
     row = [digest if failure is None else FAILED, *bits, *(NUMBERS - len(bits)) * [0]]
-    mine = torch.tensor([row] * group.size(), device=device)  # one for each
-    table = torch.empty_like(mine)
-    dist.all_to_all_single(table, mine, group=group)  # over gloo half the time of all_gather
-    digests, *columns = table.T.tolist()
+    mine = torch.tensor(row * group.size(), device=device)  # one for each
+    told = torch.empty_like(mine)
+    dist.all_to_all_single(told, mine, group=group)  # over gloo half the time of all_gather
+    flat = told.tolist()
+    digests, *columns = (flat[place :: len(row)] for place in range(len(row)))
     if failure is not None or len(set(digests)) > 1:
         _refuse(group, [(block.call, block.facts) for block in blocks], failure)
     return [[_number(bits, is_float) for bits in column] for is_float, column in zip(kinds, columns, strict=False)]

@@ -7,7 +7,7 @@ sigmoid_loss    the same by a yes or no for each pair
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from cosup.checks import (
     check_vector,
 )
 from cosup.direct import call
-from cosup.distributed import SumOverRanks, loss_of_ranks
+from cosup.distributed import SumOverRanks, loss_of_ranks, mean_of_ranks
 from cosup.distributed import gather as gather_rows
 from cosup.positives import POOLS
 from cosup.softmax import RowStats, softmax_nll, weights_known
@@ -187,11 +187,11 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         pool = pool._replace(target=torch.zeros_like(pool.target))
         some = pairs[0].diff() > 0
         weight = some.to(dtype) if weight is None else weight.masked_fill(~some, 0.0)
+    over_ranks = loss_of_ranks
     once = reduction  # of the rows here
     if process_group is not None and reduction == "mean":
-        total = _total(weight, counts, pool.query, process_group)
-        weight = torch.ones_like(pool.target, dtype=dtype) if weight is None else weight
-        weight, once = ops.divided(weight, torch.where(total == 0, 1.0, total)), "sum"
+        weight, over_ranks = _over_ranks(weight, pool, counts, process_group)
+        once = "sum"
     alone = pool.group is None or not (pool.ring or symmetric)
     if alone and (reduction != "none" or workspace_bytes is not None):
         reopen(process_group)  # nothing is exchanged before the loss, and a budget may be too small
@@ -234,7 +234,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
             total = weight.sum()
             loss = loss.sum() / (torch.where(total == 0, 1.0, total) if once == "mean" else 1.0)
     if process_group is not None and reduction != "none":
-        loss = loss_of_ranks(loss, process_group)
+        loss = over_ranks(loss, process_group)
     return (loss, RowStats(*(f.detach() for f in stats))) if return_stats else loss
 
 
@@ -297,13 +297,13 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
         counts = _counts(pool, process_group, gather, reduction, workspace_bytes, backend)
         pool = _of_all_ranks(pool, process_group, gather, "all_gather", False, counts)
     weight = None if sample_weight is None else sample_weight.to(dtype)
-    total = None
+    over_ranks = loss_of_ranks
     if process_group is not None and reduction == "mean":
-        total = _total(weight, counts, pool.query, process_group)
+        weight, over_ranks = _over_ranks(weight, pool, counts, process_group)
     weight = torch.ones_like(pool.target, dtype=dtype) if weight is None else weight
-    if reduction == "mean":
-        total = weight.sum() if total is None else total
-        weight = ops.divided(weight, torch.where(total == 0, 1.0, total))
+    if process_group is None and reduction == "mean":
+        total = weight.sum()
+        weight = ops.divided(weight, total.masked_fill(total == 0, 1.0))
     if reduction != "none" or workspace_bytes is not None:
         reopen(process_group)  # nothing is exchanged before the loss, and a budget may be too small
     grad = torch.is_grad_enabled()
@@ -317,7 +317,7 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
         loss = ops.weighted(weight, loss)
         loss = loss if reduction == "none" else loss.sum()
     if process_group is not None and reduction != "none":
-        loss = loss_of_ranks(loss, process_group)
+        loss = over_ranks(loss, process_group)
     return loss
 
 
@@ -381,19 +381,25 @@ def _counts(pool: _Pool, group: ProcessGroup, gather: str, reduction: str, works
     check_call(workspace_bytes)
     device, budgeted = pool.query.device, workspace_bytes is not None
     note(group, dtype=str(pool.query.dtype), backend=resolve(backend, pool.query), workspace_bytes=budgeted)
-    if gather == "local" and reduction == "sum":
+    if gather == "local" and reduction != "none":
         return []
     budget = workspace_bytes if workspace_bytes is not None else default_workspace(device)
     return settle(group, len(pool.query), len(pool.candidates), budget, needed=gather != "local")
 
 
-def _total(weight: Tensor | None, counts: list[list[int]], like: Tensor, group: ProcessGroup) -> Tensor:
-    """The weights of all ranks' rows, 1 each if there are none."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    if weight is None and counts:
-        return torch.full((), sum(counts[0]), dtype=dtype, device=like.device)
-    here = torch.full((), len(like), dtype=dtype, device=like.device) if weight is None else weight.sum()
-    return SumOverRanks.apply(here, group)
+def _over_ranks(weight: Tensor | None, pool: _Pool, counts: list[list[int]],
+                group: ProcessGroup) -> tuple[Tensor, Callable[[Tensor, ProcessGroup], Tensor]]:  # fmt: skip
+    """The weights of the rows here over those of all ranks' rows, and what then makes the sum here that of all. Without
+    counts over the own ones times the number of ranks, which is the same where all ranks weigh the same."""
+    weighted = weight is not None
+    if weight is None:
+        weight = torch.ones_like(pool.target, dtype=torch.promote_types(pool.query.dtype, torch.float32))
+    if counts:
+        total = SumOverRanks.apply(weight.sum(), group) if weighted else weight.new_full((), sum(counts[0]))
+        return ops.divided(weight, total.masked_fill(total == 0, 1.0)), loss_of_ranks
+    total = weight.sum()
+    divisor = total.detach().masked_fill(total == 0, 1.0) * group.size()
+    return ops.divided(weight, divisor), functools.partial(mean_of_ranks, total=total, divisor=divisor)
 
 
 def _of_all_ranks(pool: _Pool, process_group: ProcessGroup, gather: str, layout: str, with_queries: bool,

@@ -191,16 +191,12 @@ class SumOverRanks(torch.autograd.Function):
         return SumOverRanks.apply(grad.contiguous(), ctx.group), None
 
 
-class _LossOfRanks(SumOverRanks):
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
+class _Valued(torch.autograd.Function):
+    """The value, with the gradient of t."""
 
-
-class _ToldLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, t, total):
-        return torch.full_like(t, total)
+    def forward(ctx, t, value):
+        return value.clone()
 
     @staticmethod
     def backward(ctx, grad):
@@ -210,9 +206,25 @@ class _ToldLoss(torch.autograd.Function):
 def loss_of_ranks(loss: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over all ranks of their parts of a loss, on each of them, with the gradient of the part here alone. In
     the message that is due, where the host holds the loss."""
-    if loss.device.type == "cpu" and is_due(group):
-        (parts,) = settle(group, loss.item())
-        return _ToldLoss.apply(loss, sum(parts))
+    (total,) = _sums_over_ranks([loss.detach()], group)
+    return _Valued.apply(loss, total)
+
+
+def mean_of_ranks(part: Tensor, group: dist.ProcessGroup, total: Tensor, divisor: Tensor) -> Tensor:
+    """The same of a mean over all ranks' rows: ``part`` is over ``divisor``, and the rows here weigh ``total``."""
+    loss, weight = _sums_over_ranks([part.detach() * divisor, total.detach()], group)
+    none, weight = weight == 0, weight.masked_fill(weight == 0, 1.0)
+    mean = loss / weight
+    slope = (-mean / weight).masked_fill(none, 0.0)  # by the weight of a row
+    return _Valued.apply(part * (divisor / weight) + slope * total, mean)
+
+
+def _sums_over_ranks(numbers: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    if numbers[0].device.type == "cpu" and is_due(group):
+        parts = settle(group, *(number.item() for number in numbers))
+        return [torch.full_like(number, sum(part)) for number, part in zip(numbers, parts, strict=True)]
     if is_due(group):
         settle(group, needed=False)
-    return _LossOfRanks.apply(loss, group)
+    sums = torch.stack(numbers)
+    dist.all_reduce(sums, group=group)
+    return list(sums)

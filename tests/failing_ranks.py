@@ -267,13 +267,14 @@ def one_message_a_call(rank, world):
 
     def counting(to, *args, **kwargs):
         if to.dtype == torch.int64:  # else gradients
-            sent.append(len(to))
+            sent.append(to)
         return real(to, *args, **kwargs)
 
     dist.all_to_all_single = counting
     for messages, call in {
-        2: [of(contrastive), of(contrastive, loss=sigmoid_loss), of(contrastive, gather="local")],
-        1: [of(contrastive, layout="ring"), of(contrastive, symmetric=True), of(contrastive, reduction="none"),
+        2: [of(contrastive), of(contrastive, loss=sigmoid_loss)],
+        1: [of(contrastive, gather="local"), of(contrastive, loss=sigmoid_loss, gather="local"),
+            of(contrastive, layout="ring"), of(contrastive, symmetric=True), of(contrastive, reduction="none"),
             of(contrastive, gather="local", reduction="sum"), of(head), of(head, label_smoothing=0.1),
             of(head, loss=linear_log_prob), of(contrastive, gather="local", reduction="none"),
             of(both, mode="ntp", ntp_normalizer=3, nsp_normalizer=1), of(enqueue)],
@@ -282,7 +283,7 @@ def one_message_a_call(rank, world):
         for made in call:
             sent.clear()
             made()
-            assert sent == messages * [world], (made, sent)
+            assert len(sent) == messages, (made, len(sent))
     sent.clear()
     info_nce(torch.randn(3, D), torch.randn(4, D), process_group=one)
     assert not sent

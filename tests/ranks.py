@@ -338,20 +338,28 @@ def peak_memory(rank, world, layout, folder):
 
 def contrastive_of_own_gradients_and_own_candidates(rank, world):
     """gather="detached": gradients of the own candidates, by the own queries; "local": of all else nothing is seen."""
+    counts = QUERIES[world]
     torch.manual_seed(0)
-    q, c = torch.randn(2 * world, 5, dtype=torch.float64), torch.randn(3 * world, 5, dtype=torch.float64)
-    n, m = slice(2 * rank, 2 * rank + 2), slice(3 * rank, 3 * rank + 3)
-    here, table = q[n].clone().requires_grad_(), c.clone().requires_grad_()
-    for kind in ("detached", "local"):
-        own = c[m].clone().requires_grad_()
-        loss = info_nce(here, own, process_group=dist.group.WORLD, gather=kind)
-        got = loss, *torch.autograd.grad(loss, (here, own))
-        candidates, first = (table, 3 * rank) if kind == "detached" else (table[m], 0)
-        part = info_nce(here, candidates, torch.arange(2) + first, reduction="sum") / (2 * world)
+    q, c = (torch.randn(k, 5, dtype=torch.float64) for k in (sum(counts), 3 * world))
+    weights = torch.rand(sum(counts), dtype=torch.float64)
+    first = sum(counts[:rank])
+    n, m = slice(first, first + counts[rank]), slice(3 * rank, 3 * rank + 3)
+    target = torch.arange(counts[rank]) % 3
+    for kind, weighted in itertools.product(("detached", "local"), ("no", "some", "of nothing")):
+        here, own, table = (t.clone().requires_grad_() for t in (q[n], c[m], c))
+        weight = None if weighted == "no" else (weights[n] * (weighted == "some")).requires_grad_()
+        asked = [here, own] if weight is None else [here, own, weight]
+        loss = info_nce(here, own, target, sample_weight=weight, process_group=dist.group.WORLD, gather=kind)
+        got = loss, *torch.autograd.grad(loss, asked)
+        candidates, start = (table, 3 * rank) if kind == "detached" else (table[m], 0)
+        nll = info_nce(here, candidates, target + start, reduction="none")
+        total = {"no": torch.tensor(1.0 * sum(counts)), "some": weights.sum(), "of nothing": torch.tensor(1.0)}[weighted]
+        part = (nll if weight is None else weight * nll).sum() / total
         want = part.detach().clone()
         dist.all_reduce(want)
         dq, dc = torch.autograd.grad(part, (here, table))
-        torch.testing.assert_close(got, (want, dq, dc[m]))
+        of_weight = [] if weight is None else [(nll.detach() - want * (weighted == "some")) / total]
+        torch.testing.assert_close(got, (want, dq, dc[m], *of_weight))
 
 
 def an_infinite_loss_is_infinite_on_every_rank(rank, world):

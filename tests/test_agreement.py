@@ -5,13 +5,15 @@ import failing_trainers
 import pytest
 import ranks
 
+WORLDS = [2, *(pytest.param(world, marks=pytest.mark.release) for world in (3, 4))]
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_one_fails(world):
     ranks.run(failing_ranks.one_fails, world, seconds=9)
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_one_differs(world):
     ranks.run(failing_ranks.one_differs, world, seconds=9)
 
@@ -24,7 +26,7 @@ def test_one_message_a_call():
     ranks.run(failing_ranks.one_message_a_call, 2, seconds=9)
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.release)])
+@pytest.mark.parametrize("world", WORLDS[:2])
 def test_a_step_fails(world, tmp_path):
     started = ranks.Started(world)
     try:

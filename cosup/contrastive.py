@@ -187,7 +187,7 @@ def info_nce(query: Tensor, candidates: Tensor, target: Tensor | None = None, *,
         pool = pool._replace(target=torch.zeros_like(pool.target))
         some = pairs[0].diff() > 0
         weight = some.to(dtype) if weight is None else weight.masked_fill(~some, 0.0)
-    over_ranks = loss_of_ranks
+    over_ranks: Callable[[Tensor, ProcessGroup], Tensor] = loss_of_ranks
     once = reduction  # of the rows here
     if process_group is not None and reduction == "mean":
         weight, over_ranks = _over_ranks(weight, pool, counts, process_group)
@@ -297,7 +297,7 @@ def sigmoid_loss(query: Tensor, candidates: Tensor, target: Tensor | None = None
         counts = _counts(pool, process_group, gather, reduction, workspace_bytes, backend)
         pool = _of_all_ranks(pool, process_group, gather, "all_gather", False, counts)
     weight = None if sample_weight is None else sample_weight.to(dtype)
-    over_ranks = loss_of_ranks
+    over_ranks: Callable[[Tensor, ProcessGroup], Tensor] = loss_of_ranks
     if process_group is not None and reduction == "mean":
         weight, over_ranks = _over_ranks(weight, pool, counts, process_group)
     weight = torch.ones_like(pool.target, dtype=dtype) if weight is None else weight

@@ -353,7 +353,7 @@ def contrastive_of_own_gradients_and_own_candidates(rank, world):
         got = loss, *torch.autograd.grad(loss, asked)
         candidates, start = (table, 3 * rank) if kind == "detached" else (table[m], 0)
         nll = info_nce(here, candidates, target + start, reduction="none")
-        total = {"no": torch.tensor(1.0 * sum(counts)), "some": weights.sum(), "of nothing": torch.tensor(1.0)}[weighted]
+        total = {"no": torch.tensor(1.0 * sum(counts)), "some": weights.sum()}.get(weighted, torch.tensor(1.0))
         part = (nll if weight is None else weight * nll).sum() / total
         want = part.detach().clone()
         dist.all_reduce(want)

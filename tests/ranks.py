@@ -341,24 +341,26 @@ def contrastive_of_own_gradients_and_own_candidates(rank, world):
     counts = QUERIES[world]
     torch.manual_seed(0)
     q, c = (torch.randn(k, 5, dtype=torch.float64) for k in (sum(counts), 3 * world))
-    weights = torch.rand(sum(counts), dtype=torch.float64)
+    some = torch.rand(sum(counts), dtype=torch.float64)
+    none_here = some * (torch.arange(sum(counts)) < counts[0])
+    together_0 = torch.tensor([1.0, 1.0, -1.0, 0.0, -1.0, 0.0, 0.0], dtype=torch.float64)
     first = sum(counts[:rank])
     n, m = slice(first, first + counts[rank]), slice(3 * rank, 3 * rank + 3)
     target = torch.arange(counts[rank]) % 3
-    for kind, weighted in itertools.product(("detached", "local"), ("no", "some", "of nothing")):
+    for kind, weights in itertools.product(("detached", "local"), (None, some, none_here, together_0)):
         here, own, table = (t.clone().requires_grad_() for t in (q[n], c[m], c))
-        weight = None if weighted == "no" else (weights[n] * (weighted == "some")).requires_grad_()
+        weight = None if weights is None else weights[n].clone().requires_grad_()
         asked = [here, own] if weight is None else [here, own, weight]
         loss = info_nce(here, own, target, sample_weight=weight, process_group=dist.group.WORLD, gather=kind)
         got = loss, *torch.autograd.grad(loss, asked)
         candidates, start = (table, 3 * rank) if kind == "detached" else (table[m], 0)
         nll = info_nce(here, candidates, target + start, reduction="none")
-        total = {"no": torch.tensor(1.0 * sum(counts)), "some": weights.sum()}.get(weighted, torch.tensor(1.0))
-        part = (nll if weight is None else weight * nll).sum() / total
+        total = sum(counts) if weights is None else weights.sum()
+        part = (nll if weight is None else weight * nll).sum() / (total or 1.0)
         want = part.detach().clone()
         dist.all_reduce(want)
         dq, dc = torch.autograd.grad(part, (here, table))
-        of_weight = [] if weight is None else [(nll.detach() - want * (weighted == "some")) / total]
+        of_weight = [] if weight is None else [(nll.detach() - want) / total if total else nll.detach()]
         torch.testing.assert_close(got, (want, dq, dc[m], *of_weight))
 
 

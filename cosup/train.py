@@ -479,7 +479,6 @@ class CoSupTrainer(Trainer):
             self.accelerator.even_batches = even
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        reopen(self._group)  # whatever comes next begins with a message
         if "loss" in logs and self._steps:
             sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
             seconds = self._seconds + time.perf_counter() - self._mark
